@@ -1,0 +1,21 @@
+"""Errors meant for the user: one line that names the key, file or process and the way out."""
+
+
+class ReheatError(RuntimeError):
+    """Something at run time that the user can act on; printed without a traceback by the command line."""
+
+
+class ConfigError(ReheatError, ValueError):
+    """The configuration is wrong; raised before any model is loaded."""
+
+
+class EngineDied(ReheatError):
+    """A vLLM engine process ended or stopped answering."""
+
+
+class WeightSyncError(ReheatError):
+    """The engine does not hold the weights the trainer sent; the message names the tensors."""
+
+
+class NonFiniteLossError(ReheatError):
+    """The loss or its gradients stayed NaN or infinite for too many steps in a row."""
