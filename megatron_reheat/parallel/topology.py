@@ -1,0 +1,150 @@
+"""Where this process stands in the layout, and the few collectives on Python objects the stages need.
+
+The sole reader of Megatron's parallel state: everyone else asks the frozen `Topology`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_reheat.config import Config
+from megatron_reheat.errors import ReheatError
+from megatron_reheat.parallel import cpu
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """One rank's coordinates and process groups. A replica is one tensor x pipeline block: one copy of the model."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_replica_leader(self) -> bool:
+        """The first rank of a replica drives its vLLM engine and its verifiers."""
+        return self.tensor_rank == 0 and self.pipeline_rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    def share_from_leaders(self, mine: T | None, error: str | None = None) -> list[T]:
+        """All-gathers one object per replica, in data-parallel order, to every rank.
+
+        `mine` matters on replica leaders only. If any leader passes `error`, every rank raises it: nobody is left waiting
+        in a collective for a rank that has already failed.
+
+        Raises:
+            ReheatError: the first leader's error, the same on every rank.
+        """
+        gathered: list[Any] = [None] * self.data_size
+        if self.is_replica_leader:
+            dist.all_gather_object(gathered, (mine, error), group=self.data_group)
+        if self.tensor_size * self.pipeline_size > 1:
+            source = dist.get_global_rank(self.replica_group, 0)
+            dist.broadcast_object_list(gathered, src=source, group=self.replica_group)
+        errors = [e for _, e in gathered if e is not None]
+        if errors:
+            raise ReheatError(errors[0])
+        return [value for value, _ in gathered]
+
+    def gather_from_last_stages(self, mine: T) -> list[T]:
+        """All-gathers one object per replica from the last pipeline stage (where losses live) to every rank."""
+        gathered: list[Any] = [None] * self.data_size
+        if self.is_last_stage:
+            dist.all_gather_object(gathered, mine, group=self.data_group)
+        if self.pipeline_size > 1:
+            source = dist.get_global_rank(self.pipeline_group, self.pipeline_size - 1)
+            dist.broadcast_object_list(gathered, src=source, group=self.pipeline_group)
+        return gathered
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if `flag` is true on any."""
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def initialize(config: Config, *, timeout_s: float = 3600.0) -> Topology:
+    """Joins the process group torchrun prepared (or makes a group of one) and lays out TP x PP x DP.
+
+    Raises:
+        ConfigError: WORLD_SIZE does not fit the configured layout.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    config.data_parallel(world_size)
+    on_cpu = cpu.install()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if not on_cpu:
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **alone)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed + 1)
+    return current(torch.device("cpu") if on_cpu else torch.device("cuda", local_rank))
+
+
+def current(device: torch.device) -> Topology:
+    """Reads Megatron's parallel state once."""
+    return Topology(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        device=device,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+        replica_group=parallel_state.get_model_parallel_group(),
+    )
+
+
+def finalize() -> None:
+    """Leaves the process groups; safe to call twice."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
