@@ -27,8 +27,7 @@ class ModelConfig(Section):
 
     hf_path: str
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    init: Literal["pretrained", "random"] = "pretrained"
-    attention: Literal["auto", "sdpa", "local", "transformer_engine"] = "auto"
+    attention: Literal["auto", "sdpa", "transformer_engine"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"
     vocab_pad_multiple: int = Field(default=1, gt=0, description="pad the vocabulary to a multiple of this x TP")
 
@@ -123,7 +122,9 @@ class SFTConfig(Section):
 class RLConfig(Section):
     """GRPO/DAPO. Defaults are the paper's DAPO settings (arXiv 2606.00755, training details)."""
 
-    loss: Literal["grpo", "dapo"] = "dapo"
+    aggregation: Literal["token_mean", "sequence_mean"] = Field(
+        default="token_mean", description="token_mean: DAPO; sequence_mean: GRPO, each response weighs the same"
+    )
     prompts_per_step: int = Field(default=64, gt=0)
     group_size: int = Field(default=8, gt=1)
     minibatch_prompts: int | None = Field(default=None, gt=0, description="prompts per optimizer step; empty: all")
@@ -285,6 +286,13 @@ def _cross_field_problems(c: Config) -> Iterator[str]:
         yield (
             f"data.max_prompt_tokens {c.data.max_prompt_tokens} + the longest response {longest} exceeds "
             f"rollout.max_model_len {context}; raise rollout.max_model_len or lower one of the others"
+        )
+    sequence = c.data.max_prompt_tokens + longest
+    if sequence > c.parallel.microbatch_tokens:
+        yield (
+            f"data.max_prompt_tokens {c.data.max_prompt_tokens} + the longest response {longest} exceeds "
+            f"parallel.microbatch_tokens {c.parallel.microbatch_tokens}; one sequence must fit one micro-batch: raise "
+            f"parallel.microbatch_tokens to {sequence}"
         )
     if c.rl.overlong_buffer > c.rollout.max_tokens:
         yield f"rl.overlong_buffer {c.rl.overlong_buffer} exceeds rollout.max_tokens {c.rollout.max_tokens}; lower it"

@@ -1,0 +1,52 @@
+"""The reheating loss of TS-OPSD (arXiv 2606.00755, section 3) and the cross-entropy of the warm start."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_reheat.metrics import MetricSums
+from megatron_reheat.parallel.packing import MicroBatch
+from megatron_reheat.parallel.vocab import Direction, VocabLogits
+
+
+def reheat_loss(
+    vocab: VocabLogits, micro: MicroBatch, *, teacher_temperature: float, direction: Direction
+) -> tuple[Tensor, MetricSums]:
+    """Token-mean KL between the policy and its own flattened self on its own rollouts.
+
+    The same pass gives the entropy the controller watches and the log-probabilities that are held against the sampler's.
+    """
+    result = vocab.tempered_kl(temperature=teacher_temperature, direction=direction, targets=micro.targets)
+    assert result.logprobs is not None
+    counted = micro.loss_mask.bool()
+    loss = torch.where(counted, result.kl, 0.0).mul(micro.loss_weights).sum()
+
+    gap = torch.where(counted, result.logprobs - micro.rollout_logprobs, 0.0)
+    rows = {
+        "reheat/kl": result.kl.detach(),
+        "reheat/teacher_entropy": result.teacher_entropy,
+        "entropy/mean": result.entropy,
+        "rollout/mismatch_kl": torch.expm1(gap) - gap,
+        "rollout/mismatch_abs": gap.abs(),
+    }
+    totals = torch.stack([torch.where(counted, row, 0.0).sum() for row in rows.values()]).tolist()
+    count = int(counted.sum())
+    metrics = MetricSums()
+    for name, total in zip(rows, totals, strict=True):
+        metrics.add_mean(name, total, count)
+    if count:
+        metrics.add_max("rollout/mismatch_max", float(gap.abs().max()))
+    return loss, metrics
+
+
+def sft_loss(vocab: VocabLogits, micro: MicroBatch) -> tuple[Tensor, MetricSums]:
+    """Token-mean cross-entropy of the worked answers."""
+    logprobs, entropy = vocab.logprobs(micro.targets)
+    counted = micro.loss_mask.bool()
+    loss = -torch.where(counted, logprobs, 0.0).mul(micro.loss_weights).sum()
+    count = int(counted.sum())
+    metrics = MetricSums()
+    metrics.add_sum("sft/loss", float(loss.detach()))
+    metrics.add_mean("entropy/mean", float(torch.where(counted, entropy.detach(), 0.0).sum()), count)
+    return loss, metrics

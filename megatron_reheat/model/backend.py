@@ -1,0 +1,50 @@
+"""What this machine offers to Megatron: Transformer Engine and Apex where they import, Megatron's own modules otherwise."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_reheat.errors import ConfigError
+
+Attention = Literal["sdpa", "transformer_engine"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The one place that decides which implementation runs; the choice is printed at start-up."""
+
+    attention: Attention
+    fused_weight_gradient: bool
+    optimizer: Literal["transformer_engine", "apex", "torch"]
+
+    def __str__(self) -> str:
+        layers = "Transformer Engine" if self.attention == "transformer_engine" else "Megatron local + torch SDPA"
+        fused = "fused" if self.fused_weight_gradient else "not fused"
+        return f"layers: {layers}; AdamW: {self.optimizer}; weight-gradient accumulation: {fused}"
+
+
+def choose_backend(attention: Literal["auto", "sdpa", "transformer_engine"]) -> Backend:
+    """Looks for CUDA, Transformer Engine and Apex.
+
+    Raises:
+        ConfigError: `model.attention=transformer_engine` where it cannot run.
+    """
+    has_cuda = torch.cuda.is_available()
+    has_te = has_cuda and importlib.util.find_spec("transformer_engine") is not None
+    has_apex = has_cuda and importlib.util.find_spec("apex") is not None
+    if attention == "transformer_engine" and not has_te:
+        missing = "the package transformer-engine" if has_cuda else "a CUDA device"
+        raise ConfigError(f"model.attention=transformer_engine needs {missing}; use model.attention=auto")
+    if attention == "auto":
+        attention = "transformer_engine" if has_te else "sdpa"
+    return Backend(
+        attention=attention,
+        # Apex's kernel accumulates into main_grad inside the backward matmul; Transformer Engine's layers bring their own
+        fused_weight_gradient=attention == "transformer_engine"
+        or (has_apex and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None),
+        optimizer="transformer_engine" if has_te else "apex" if has_apex else "torch",
+    )

@@ -1,0 +1,162 @@
+"""Cuts a train batch into packed micro-batches for one data-parallel rank, and puts per-token results back.
+
+Sequences are laid end to end (THD layout, no padding between them). Logits at position i predict token i + 1, so everything
+a loss needs is stored at the position that predicts it: `targets[i]` is the next token, and `loss_weights[i]` is zero
+wherever the next token is not part of a response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_reheat.types import FloatArray, TrainBatch, TrainSequence
+
+Aggregation = Literal["token_mean", "sequence_mean"]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """T packed tokens of some sequences, padded at the end to a multiple of the alignment.
+
+    tokens, position_ids, targets:  [T] int64
+    cu_seqlens:                     [S+1] int32, the last sequence may be padding
+    loss_mask:                      [T] float32, 1 where `targets` is a response token
+    loss_weights:                   [T] float32, share of each token in the batch's loss; they sum to 1 over the whole batch
+    advantages, old_logprobs, rollout_logprobs: [T] float32, zero outside responses
+    """
+
+    sequence_indices: tuple[int, ...]
+    tokens: Tensor
+    position_ids: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    loss_mask: Tensor
+    loss_weights: Tensor
+    advantages: Tensor
+    old_logprobs: Tensor
+    rollout_logprobs: Tensor
+
+    def unpack(self, values: Tensor) -> dict[int, FloatArray]:
+        """[T] per-token values -> {index in the train batch: [R] values of its response tokens}."""
+        flat = values.detach().float().cpu().numpy()
+        mask = self.loss_mask.bool().cpu().numpy()
+        borders = self.cu_seqlens.tolist()
+        return {
+            index: flat[start:end][mask[start:end]]
+            for index, start, end in zip(self.sequence_indices, borders, borders[1:], strict=False)
+        }
+
+
+def make_microbatches(
+    batch: TrainBatch,
+    *,
+    data_rank: int,
+    data_size: int,
+    microbatch_tokens: int,
+    alignment: int,
+    aggregation: Aggregation = "token_mean",
+    device: torch.device | str = "cpu",
+) -> list[MicroBatch]:
+    """This rank's share of `batch`, in micro-batches of at most `microbatch_tokens` tokens before alignment.
+
+    Every rank computes the same plan, so all get the same number of micro-batches without communicating; ranks that run
+    short get micro-batches without a sequence. The loss does not depend on the plan: weights are global.
+    """
+    plans = [
+        _fill_bins(share, batch, microbatch_tokens) for share in _balance(range(len(batch)), batch, data_size)
+    ]
+    num_microbatches = max(len(plan) for plan in plans)
+    mine = plans[data_rank] + [[] for _ in range(num_microbatches - len(plans[data_rank]))]
+    weight = _token_weight(batch, aggregation)
+    return [_pack(batch, indices, weight, alignment, device) for indices in mine]
+
+
+def _balance(indices: Sequence[int], batch: TrainBatch, num_ranks: int) -> list[list[int]]:
+    """Longest first, each to the rank with the fewest tokens."""
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for index in _longest_first(indices, batch):
+        rank = loads.index(min(loads))
+        shares[rank].append(index)
+        loads[rank] += len(batch.sequences[index].token_ids)
+    return shares
+
+
+def _fill_bins(indices: Sequence[int], batch: TrainBatch, capacity: int) -> list[list[int]]:
+    """First-fit decreasing; sequences of like length meet, which keeps padded attention dense."""
+    bins: list[list[int]] = []
+    space: list[int] = []
+    for index in _longest_first(indices, batch):
+        length = len(batch.sequences[index].token_ids)
+        slot = next((i for i, free in enumerate(space) if free >= length), None)
+        if slot is None:
+            bins.append([])
+            space.append(capacity)
+            slot = len(bins) - 1
+        bins[slot].append(index)
+        space[slot] -= length
+    return bins
+
+
+def _longest_first(indices: Sequence[int], batch: TrainBatch) -> list[int]:
+    return sorted(indices, key=lambda i: (-len(batch.sequences[i].token_ids), i))
+
+
+def _token_weight(batch: TrainBatch, aggregation: Aggregation) -> Callable[[TrainSequence], float]:
+    if aggregation == "token_mean":
+        total = max(batch.num_valid_tokens, 1)
+        return lambda sequence: 1.0 / total
+    return lambda sequence: 1.0 / (len(batch) * max(sequence.num_response_tokens, 1))
+
+
+def _pack(
+    batch: TrainBatch,
+    indices: Sequence[int],
+    token_weight: Callable[[TrainSequence], float],
+    alignment: int,
+    device: torch.device | str,
+) -> MicroBatch:
+    sequences = [batch.sequences[i] for i in indices]
+    lengths = [len(s.token_ids) for s in sequences]
+    used = sum(lengths)
+    total = max(-(-used // alignment), 1) * alignment
+    borders = np.cumsum([0, *lengths, *([total - used] if total > used else [])])
+    ints = np.zeros((3, total), dtype=np.int64)
+    floats = np.zeros((5, total), dtype=np.float32)
+    tokens, positions, targets = ints
+    mask, weights, advantages, old_logprobs, rollout_logprobs = floats
+    positions[used:] = np.arange(total - used)
+    for sequence, start, length in zip(sequences, borders, lengths, strict=False):
+        end = start + length
+        tokens[start:end] = sequence.token_ids
+        positions[start:end] = np.arange(length)
+        targets[start : end - 1] = sequence.token_ids[1:]
+        predicting = slice(start + sequence.num_prompt_tokens - 1, end - 1)
+        mask[predicting] = 1.0
+        weights[predicting] = token_weight(sequence)
+        advantages[predicting] = sequence.advantage
+        if sequence.old_logprobs is not None:
+            old_logprobs[predicting] = sequence.old_logprobs
+        if sequence.rollout_logprobs is not None:
+            rollout_logprobs[predicting] = sequence.rollout_logprobs
+    int_rows, float_rows = torch.from_numpy(ints).to(device), torch.from_numpy(floats).to(device)
+    return MicroBatch(
+        sequence_indices=tuple(indices),
+        tokens=int_rows[0],
+        position_ids=int_rows[1],
+        targets=int_rows[2],
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32, device=device),
+        max_seqlen=int(np.diff(borders).max()),
+        loss_mask=float_rows[0],
+        loss_weights=float_rows[1],
+        advantages=float_rows[2],
+        old_logprobs=float_rows[3],
+        rollout_logprobs=float_rows[4],
+    )

@@ -1,0 +1,232 @@
+"""The run folder: where everything a run writes lies, and how its metrics are read back.
+
+    config.yaml              resolved configuration
+    metrics.jsonl            one object a step: step, stage, round, policy_version, then metrics with slashes
+    metrics.discarded.jsonl  lines that a killed process wrote after its last checkpoint
+    rollouts/step-000123.jsonl
+    checkpoints/  tensorboard/  report/  logs/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_reheat.config import Config, dump_config
+from megatron_reheat.errors import ReheatError
+from megatron_reheat.types import Group
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def discarded_metrics(self) -> Path:
+        return self.path / "metrics.discarded.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def rollouts(self, step: int) -> Path:
+        return self.path / "rollouts" / f"step-{step:06d}.jsonl"
+
+    def create(self, config: Config) -> None:
+        """Makes the folders and writes the resolved configuration; one that differs is kept as `config.previous-N.yaml`.
+
+        Raises:
+            ReheatError: the folder cannot be written.
+        """
+        try:
+            for folder in (self.path / "rollouts", self.checkpoints, self.report, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._write_config(dump_config(config))
+        except OSError as error:
+            raise ReheatError(f"cannot write run folder {self.path}: {error.strerror}; change run.folder") from None
+
+    def _write_config(self, text: str) -> None:
+        if self.config.exists():
+            if self.config.read_text() == text:
+                return
+            number = sum(1 for _ in self.path.glob("config.previous-*.yaml")) + 1
+            self.config.replace(self.path / f"config.previous-{number}.yaml")
+        write_atomically(self.config, text.encode())
+
+    def discard_after(self, step: int) -> int:
+        """Moves metric lines past `step`, and a half-written one, to `metrics.discarded.jsonl`; returns how many.
+
+        Discarded lines are on disk before they leave `metrics.jsonl`, so being killed in between loses nothing.
+        """
+        if not self.metrics.exists():
+            return 0
+        kept: list[bytes] = []
+        discarded: list[bytes] = []
+        for line in self.metrics.read_bytes().splitlines():
+            record = _parse(line)
+            (kept if record is not None and record["step"] <= step else discarded).append(line)
+        if discarded:
+            with self.discarded_metrics.open("ab") as file:
+                file.write(_joined(discarded))
+                file.flush()
+                os.fsync(file.fileno())
+        write_atomically(self.metrics, _joined(kept))
+        return len(discarded)
+
+    def write_rollouts(
+        self, step: int, groups: Sequence[Group], decode: Callable[[Sequence[int]], str], limit: int
+    ) -> None:
+        """Writes the first `limit` groups for inspection, one completion a line; ungraded ones have a null reward."""
+        if limit <= 0 or not groups:
+            return
+        # A lone surrogate becomes \udXXX, which is the JSON escape for it.
+        with self.rollouts(step).open("w", encoding="utf-8", errors="backslashreplace") as file:
+            for group in groups[:limit]:
+                for row in _rollout_rows(step, group, decode):
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Metric lines that one folder contributes to a run's history."""
+
+    folder: Path
+    records: tuple[Record, ...]
+
+
+def read_metrics(folder: Path) -> list[Record]:
+    """All metric lines of a run in step order, beginning with those of the run it was forked from.
+
+    Raises:
+        ReheatError: there is no metrics.jsonl, or a line other than the last is not JSON.
+    """
+    return [record for segment in read_segments(folder) for record in segment.records]
+
+
+def read_segments(folder: Path) -> list[Segment]:
+    """Like `read_metrics`, but apart by source folder: trunk first, the run's own lines last."""
+    return _read_segments(Path(folder), seen=())
+
+
+def read_config_tree(folder: Path) -> dict[str, Any]:
+    """The run's config.yaml unvalidated, so that runs of other versions stay readable; empty if there is none."""
+    try:
+        tree = yaml.safe_load(RunFolder(Path(folder)).config.read_text())
+    except FileNotFoundError:
+        return {}
+    except yaml.YAMLError as error:
+        raise ReheatError(f"{RunFolder(Path(folder)).config} is not valid YAML: {error}") from None
+    return tree if isinstance(tree, dict) else {}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replaces `path` in one go: a reader, or a kill, sees the old content or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _read_segments(folder: Path, seen: tuple[Path, ...]) -> list[Segment]:
+    own = _read_lines(folder)
+    tree = read_config_tree(folder)
+    fork_from = (tree.get("run") or {}).get("fork_from")
+    seen = (*seen, folder.resolve())
+    if not own or not fork_from:
+        return [Segment(folder, own)]
+    trunk = _find_trunk(folder, Path(fork_from))
+    if trunk is None or trunk.resolve() in seen:
+        warnings.warn(f"{folder}: run.fork_from {fork_from} has no metrics here; its steps are left out", stacklevel=4)
+        return [Segment(folder, own)]
+    fork_step = next((r["fork_step"] for r in own if "fork_step" in r), own[0]["step"] - 1)
+    before = [
+        Segment(s.folder, tuple(r for r in s.records if r["step"] <= fork_step)) for s in _read_segments(trunk, seen)
+    ]
+    return [*before, Segment(folder, own)]
+
+
+def _find_trunk(folder: Path, fork_from: Path) -> Path | None:
+    """As written in the configuration, else next to `folder`: runs that were copied elsewhere together."""
+    for candidate in (fork_from, folder.resolve().parent / fork_from.name):
+        if RunFolder(candidate).metrics.exists():
+            return candidate
+    return None
+
+
+def _read_lines(folder: Path) -> tuple[Record, ...]:
+    path = RunFolder(folder).metrics
+    if not path.exists():
+        raise ReheatError(f"{folder} holds no metrics.jsonl; name the folder of a run that has logged at least one step")
+    lines = path.read_bytes().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line)
+        if record is not None:
+            records.append(record)
+        elif number < len(lines):
+            raise ReheatError(f"{path}:{number} is not a metrics line; remove that line")
+    return tuple(sorted(records, key=lambda r: r["step"]))  # stable: an event stays behind its step
+
+
+def _parse(line: bytes) -> Record | None:
+    """None for a line that was cut short."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _joined(lines: Sequence[bytes]) -> bytes:
+    return b"".join(line + b"\n" for line in lines)
+
+
+def _rollout_rows(step: int, group: Group, decode: Callable[[Sequence[int]], str]) -> list[Record]:
+    rewards = group.rewards or (None,) * len(group.completions)
+    return [
+        {
+            "step": step,
+            "prompt_index": group.prompt.index,
+            "prompt": group.prompt.text,
+            "response": decode(completion.token_ids.tolist()),
+            "reward": None if reward is None else reward.value,
+            "correct": None if reward is None else reward.correct,
+            "timed_out": None if reward is None else reward.timed_out,
+            "finish_reason": completion.finish_reason,
+            "num_tokens": len(completion.token_ids),
+            "sampling_temperature": completion.sampling_temperature,
+            "policy_version": completion.policy_version,
+        }
+        for completion, reward in zip(group.completions, rewards, strict=True)
+    ]
