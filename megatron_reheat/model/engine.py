@@ -141,7 +141,7 @@ class Engine:
 
     def reset_optimizer(self) -> None:
         """Forgets the moments, as at the start of training: stages do not inherit each other's."""
-        for optimizer in self._torch_optimizers():
+        for optimizer in self.torch_optimizers():
             for state in optimizer.state.values():
                 for value in state.values():
                     if torch.is_tensor(value):
@@ -160,6 +160,12 @@ class Engine:
         for name, parameter in self.module.named_parameters():
             parameter.copy_(snapshot[name])
         self.optimizer.reload_model_params()
+
+    def torch_optimizers(self) -> Iterator[torch.optim.Optimizer]:
+        """The AdamW instances inside Megatron's optimizer."""
+        for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            if getattr(optimizer, "optimizer", None) is not None:
+                yield optimizer.optimizer
 
     @property
     def num_parameters(self) -> int:
@@ -257,11 +263,6 @@ class Engine:
     def _has_non_finite_gradients(self) -> bool:
         buffers = (*self._model.buffers, *self._model.expert_parallel_buffers)
         return not all(bool(torch.isfinite(b.grad_data.sum())) for b in buffers)
-
-    def _torch_optimizers(self) -> Iterator[torch.optim.Optimizer]:
-        for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-            if getattr(optimizer, "optimizer", None) is not None:
-                yield optimizer.optimizer
 
 
 def _finalize_without_rescaling(model: Any, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
