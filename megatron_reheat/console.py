@@ -12,7 +12,7 @@ from megatron_reheat.types import StageName
 
 STAGE_STYLES: dict[StageName, str] = {"sft": "blue", "rlvr": "green", "reheat": "bold dark_orange"}
 HEADER_EVERY = 25
-STEP_WIDTH = 11
+STEP_WIDTH = 12
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,18 @@ def _seconds(value: float) -> str:
 
 
 COLUMNS = (
-    Column("reward", 7, "reward/mean", "{:.3f}".format),
-    Column("acc %", 6, "reward/accuracy", lambda x: f"{100 * x:.1f}"),
-    Column("entropy", 8, "entropy/mean", "{:.3f}".format),
-    Column("KL", 8, "reheat/kl", "{:.1e}".format),
-    Column("mismatch", 9, "rollout/mismatch_kl", "{:.1e}".format),
-    Column("tokens/s", 9, "throughput/tokens_per_s", "{:,.0f}".format),
-    Column("sec", 7, "time/step_s", _seconds),
-    Column("= rollout", 10, "time/rollout_s", _seconds),
-    Column("reward", 7, "time/reward_s", _seconds),
+    Column("reward", 8, "reward/mean", "{:.3f}".format),
+    Column("acc %", 7, "reward/accuracy", lambda x: f"{100 * x:.1f}"),
+    Column("entropy", 9, "entropy/mean", "{:.3f}".format),
+    Column("KL", 9, "reheat/kl", "{:.1e}".format),
+    Column("mismatch", 10, "rollout/mismatch_kl", "{:.1e}".format),
+    Column("tokens/s", 10, "throughput/tokens_per_s", "{:,.0f}".format),
+    Column("sec", 8, "time/step_s", _seconds),
+    Column("rollout", 9, "time/rollout_s", _seconds),
+    Column("grade", 7, "time/reward_s", _seconds),
     Column("score", 7, "time/score_s", _seconds),
-    Column("update", 7, "time/update_s", _seconds),
-    Column("sync", 6, "time/sync_s", _seconds),
+    Column("update", 8, "time/update_s", _seconds),
+    Column("sync", 7, "time/sync_s", _seconds),
 )
 EVAL_COLUMNS = (("avg@{k}", "eval/avg_at_k"), ("pass@{k}", "eval/pass_at_k"), ("entropy", "eval/entropy"))
 
@@ -67,22 +67,22 @@ class StepConsole:
         self._print(Text(f"--- {text}", style=style))
 
     def _row(self, step: int, stage: StageName, metrics: Mapping[str, float]) -> Text:
-        row = Text(f"{stage:<6}", style=STAGE_STYLES[stage])
-        row.append(f"{step}/{self._total_steps}".rjust(STEP_WIDTH), style="default not bold")
+        row = self._begin(stage, STAGE_STYLES[stage], step)
         for column in COLUMNS:
             value = metrics.get(column.metric)
             cell = "-" if value is None else column.show(value)
-            style = "dim" if value is None or column.metric.startswith("time/") else "default not bold"
-            row.append(cell.rjust(column.width), style=style)
+            row.append(cell.rjust(column.width), style="dim" if value is None else "")
         return row
 
     def _eval_row(self, step: int, metrics: Mapping[str, float]) -> Text:
-        row = Text(f"{'eval':<6}", style="bold magenta")
-        row.append(f"{step}/{self._total_steps}".rjust(STEP_WIDTH), style="default not bold")
+        row = self._begin("eval", "magenta", step)
         for title, name in EVAL_COLUMNS:
             if name in metrics:
-                row.append(f"   {title.format(k=self._num_eval_samples)} {metrics[name]:.3f}", style="default not bold")
+                row.append(f"   {title.format(k=self._num_eval_samples)} {metrics[name]:.3f}")
         return row
+
+    def _begin(self, label: str, style: str, step: int) -> Text:
+        return Text().append(f"{label:<6}", style=style).append(f"{step}/{self._total_steps}".rjust(STEP_WIDTH))
 
     def _print(self, text: Text) -> None:
         self._console.print(text, soft_wrap=True, highlight=False)
@@ -90,4 +90,4 @@ class StepConsole:
 
 def _header() -> Text:
     titles = "".join(column.title.rjust(column.width) for column in COLUMNS)
-    return Text(f"{'stage':<6}{'step'.rjust(STEP_WIDTH)}{titles}", style="dim underline")
+    return Text(f"{'stage':<6}{'step'.rjust(STEP_WIDTH)}{titles}", style="bold")

@@ -2,11 +2,18 @@
 
 
 class ReheatError(RuntimeError):
-    """Something at run time that the user can act on; printed without a traceback by the command line."""
+    """Something at run time that the user can act on; printed without a traceback by the command line.
+
+    `on_every_rank` tells that all ranks raise the same error, so that one of them printing it is enough.
+    """
+
+    on_every_rank = False
 
 
 class ConfigError(ReheatError, ValueError):
     """The configuration is wrong; raised before any model is loaded."""
+
+    on_every_rank = True
 
 
 class EngineDied(ReheatError):

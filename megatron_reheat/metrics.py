@@ -100,7 +100,7 @@ class MetricSums:
             self._entries[name] = new
             return
         if old.reduction != new.reduction:
-            raise ValueError(f"metric {name!r} is reduced by {old.reduction} and by {new.reduction}; rename one of them")
+            raise ValueError(f"metric {name!r} is reduced by {old.reduction} and by {new.reduction}; rename one")
         if new.reduction == "mean":
             self._entries[name] = replace(old, value=old.value + new.value, count=old.count + new.count)
         else:

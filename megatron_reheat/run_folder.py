@@ -62,7 +62,7 @@ class RunFolder:
         return self.path / "rollouts" / f"step-{step:06d}.jsonl"
 
     def create(self, config: Config) -> None:
-        """Makes the folders and writes the resolved configuration; one that differs is kept as `config.previous-N.yaml`.
+        """Makes the folders and writes the resolved configuration; an older one is kept as `config.previous-N.yaml`.
 
         Raises:
             ReheatError: the folder cannot be written.
@@ -187,7 +187,7 @@ def _find_trunk(folder: Path, fork_from: Path) -> Path | None:
 def _read_lines(folder: Path) -> tuple[Record, ...]:
     path = RunFolder(folder).metrics
     if not path.exists():
-        raise ReheatError(f"{folder} holds no metrics.jsonl; name the folder of a run that has logged at least one step")
+        raise ReheatError(f"{folder} holds no metrics.jsonl; name the folder of a run that has logged a step")
     lines = path.read_bytes().splitlines()
     records = []
     for number, line in enumerate(lines, start=1):

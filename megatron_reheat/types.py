@@ -125,8 +125,6 @@ class TrainBatch:
             tuple(replace(s, old_logprobs=lp) for s, lp in zip(self.sequences, old_logprobs, strict=True))
         )
 
-    def split(self, num_minibatches: int) -> list[TrainBatch]:
-        """Cuts into equal, contiguous minibatches, in order."""
-        assert len(self.sequences) % num_minibatches == 0
-        size = len(self.sequences) // num_minibatches
+    def minibatches(self, size: int) -> list[TrainBatch]:
+        """Consecutive minibatches of `size` sequences; the last may be smaller."""
         return [TrainBatch(self.sequences[i : i + size]) for i in range(0, len(self.sequences), size)]

@@ -28,7 +28,7 @@ def reheat_loss(
         "reheat/teacher_entropy": result.teacher_entropy,
         "entropy/mean": result.entropy,
         "rollout/mismatch_kl": torch.expm1(gap) - gap,
-        "rollout/mismatch_abs": gap.abs(),
+        "rollout/mismatch_abs_mean": gap.abs(),
     }
     totals = torch.stack([torch.where(counted, row, 0.0).sum() for row in rows.values()]).tolist()
     count = int(counted.sum())
@@ -36,7 +36,7 @@ def reheat_loss(
     for name, total in zip(rows, totals, strict=True):
         metrics.add_mean(name, total, count)
     if count:
-        metrics.add_max("rollout/mismatch_max", float(gap.abs().max()))
+        metrics.add_max("rollout/mismatch_abs_max", float(gap.abs().max()))
     return loss, metrics
 
 

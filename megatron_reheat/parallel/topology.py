@@ -75,7 +75,9 @@ class Topology:
             dist.broadcast_object_list(gathered, src=source, group=self.replica_group)
         errors = [e for _, e in gathered if e is not None]
         if errors:
-            raise ReheatError(errors[0])
+            failure = ReheatError(errors[0])
+            failure.on_every_rank = True
+            raise failure
         return [value for value, _ in gathered]
 
     def gather_from_last_stages(self, mine: T) -> list[T]:
@@ -108,7 +110,10 @@ def initialize(config: Config, *, timeout_s: float = 3600.0) -> Topology:
     config.data_parallel(world_size)
     on_cpu = cpu.install()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if not on_cpu:
+    if on_cpu:
+        # ranks that each take every core fight each other to a crawl
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    else:
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"

@@ -59,6 +59,10 @@ class VerifierPool:
     ) -> None:
         self.close()
 
+    @property
+    def worker_pids(self) -> list[int]:
+        return [worker.pid for worker in self._workers]
+
     def close(self) -> None:
         """Ends the workers. A later `grade` starts new ones."""
         while self._workers:

@@ -1,8 +1,9 @@
 """The grading process: `python -m megatron_reheat.rewards.worker FD KIND TIMEOUT_S`, started by `VerifierPool`.
 
 Nothing in this package evaluates model text, but sympy does, inside math-verify and reasoning-gym. That happens here
-only: in a process without the trainer's memory or environment variables, that has a memory limit, may not write files
-or (unless it runs as root) start processes, and is killed when an answer takes too long.
+only: in a process without the trainer's memory or environment variables, with limited memory, that refuses to write
+files, start processes or open sockets, and that is killed when an answer takes too long. This stops accidents and
+reward hacking by ordinary code; it is not a sandbox against a determined attacker.
 
 It ends by itself when its parent is gone: the pipe closes, or, while a grader is stuck, the kernel's alarm fires.
 """
@@ -14,6 +15,7 @@ import resource
 import signal
 import sys
 from multiprocessing.connection import Connection
+from typing import Any
 
 from megatron_reheat.rewards.graders import GRADERS, Grader
 from megatron_reheat.rewards.protocol import CORRECT, ERROR, INCORRECT, MAX_REPLY_BYTES, READY
@@ -22,13 +24,17 @@ MEMORY_BYTES = 4 * 2**30
 PARENT_CHECK_S = 5.0
 ALARM_GRACE_S = 5.0
 
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_REFUSED = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.")
+_NEEDED_BY_IMPORTS = ("os.listdir", "os.scandir")
+
 
 def main(fd: int, kind: str, timeout_s: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
     parent = os.getppid()
     connection = Connection(fd)
-    connection.send_bytes(READY)
     _restrict()
+    connection.send_bytes(READY)
     # The pipe alone is not enough: a process the parent forked meanwhile may hold a copy of its end.
     while os.getppid() == parent:
         try:
@@ -51,12 +57,8 @@ def _grade_chunk(connection: Connection, grader: Grader, timeout_s: float) -> No
 
 
 def _restrict() -> None:
-    limits = {
-        resource.RLIMIT_AS: MEMORY_BYTES,
-        resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_NPROC: 0,
-        resource.RLIMIT_CORE: 0,
-    }
+    """For good: neither the limits nor the hook can be lifted again."""
+    limits = {resource.RLIMIT_AS: MEMORY_BYTES, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0}
     for kind, limit in limits.items():
         _, hard = resource.getrlimit(kind)
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
@@ -64,6 +66,16 @@ def _restrict() -> None:
     # Parsers print their complaints about every odd answer.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stderr.fileno())
+    sys.addaudithook(_refuse_side_effects)
+
+
+def _refuse_side_effects(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open":
+        refused = bool(arguments[2] & _WRITING)
+    else:
+        refused = event.startswith(_REFUSED) and event not in _NEEDED_BY_IMPORTS
+    if refused:
+        raise PermissionError(f"a grader may not use {event}")
 
 
 if __name__ == "__main__":

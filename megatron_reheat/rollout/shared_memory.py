@@ -43,8 +43,10 @@ class SharedBuffer:
         os.ftruncate(fd, capacity)
         return cls(fd, capacity)
 
-    def grow(self, capacity: int) -> None:
-        """Makes room for a tensor larger than the buffer; what was in it is kept."""
+    def resize(self, capacity: int) -> None:
+        """Follows the other side to a new capacity; the contents stay, the file never shrinks."""
+        if capacity == self.capacity:
+            return
         if capacity > os.fstat(self.fd).st_size:
             os.ftruncate(self.fd, capacity)
         self._bytes = _map(self.fd, capacity)
@@ -70,11 +72,11 @@ class SharedBuffer:
             raise WeightSyncError(f"{entry.name} has dtype {entry.dtype}; weights must be of a float dtype")
         num_bytes = dtype.itemsize * torch.Size(entry.shape).numel()
         if entry.offset + num_bytes > self.capacity:
-            raise WeightSyncError(f"{entry.name} ends at byte {entry.offset + num_bytes} of a {self.capacity} byte buffer")
+            raise WeightSyncError(f"{entry.name} ends beyond the {self.capacity} bytes of the weight buffer")
         return self._bytes[entry.offset : entry.offset + num_bytes].view(dtype).view(entry.shape)
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` is a view of the shared bytes, whichever mapping of them it came from."""
+        """Whether `tensor` is a view of the bytes as they are mapped now."""
         return tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() == self._bytes.data_ptr()
 
     def close(self) -> None:
@@ -93,7 +95,7 @@ def digest(name: str, tensor: torch.Tensor) -> int:
     """xxh3-64 of name, dtype, shape and raw bytes: renamed or reshaped tensors differ even when their bytes agree."""
     hasher = xxhash.xxh3_64(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    hasher.update(memoryview(flat.view(torch.uint8).numpy()))
+    hasher.update(flat.view(torch.uint8).numpy().data)
     return hasher.intdigest()
 
 

@@ -1,0 +1,289 @@
+"""`embedded` mode: one vLLM process per data-parallel replica, child of the replica's first trainer rank.
+
+The trainer never imports vLLM, which would join its process groups and reseed its generators. Weights cross in shared
+host memory on every device: on CUDA that is correct, and slower than handing over device memory.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_reheat.config import RolloutConfig
+from megatron_reheat.errors import ConfigError, EngineDied, WeightSyncError
+from megatron_reheat.rollout.child_process import ChildProcess
+from megatron_reheat.rollout.engine import EngineHealth, SyncReport
+from megatron_reheat.rollout.shared_memory import Entry, SharedBuffer, aligned
+from megatron_reheat.rollout.wire import SampleRequest, WorkerReady, WorkerSettings
+from megatron_reheat.types import Completion, SamplingParams, TokenArray
+
+WORKER_MODULE = "megatron_reheat.rollout.worker"
+# the engine loads one portion while the trainer gathers the next
+PORTION_BYTES = 32 << 20
+HEALTH_TIMEOUT_S = 30.0
+MAX_TEMPERATURE = 2.0
+# the engine is not a rank of the trainer's job, and must not join it
+TORCHRUN_VARIABLES = frozenset(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+TORCHRUN_PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "PET_")
+
+
+class EmbeddedEngine:
+    """A `RolloutEngine` in a child process. The constructor returns at once; `wait_ready` or the first use waits.
+
+    Make it in the main thread: the child is killed when the thread that started it ends.
+
+    Args:
+        model_path: Hugging Face folder (or hub name); only its config.json is read, weights come by `update_weights`.
+        dtype: the engine's dtype when `config.dtype` is auto.
+        log_file: receives everything the child prints; appended to.
+        seed: vLLM's own seed (dummy weights); samples depend on the seed given to `generate` alone.
+        local_engines: engines that share this machine's cores, for the default number of threads.
+        gpu: index of the GPU to use, as CUDA_VISIBLE_DEVICES counts it; None on CPU.
+        cpu_affinity: cores the child may run on; None leaves it to the scheduler.
+    """
+
+    _child: ChildProcess
+    _ready: WorkerReady | None
+    _started_at: float
+
+    def __init__(
+        self,
+        model_path: str,
+        config: RolloutConfig,
+        *,
+        dtype: str,
+        log_file: Path,
+        seed: int = 0,
+        local_engines: int = 1,
+        gpu: int | None = None,
+        cpu_affinity: Sequence[int] | None = None,
+    ) -> None:
+        self._config = config
+        self._model_path = model_path
+        self._dtype = dtype if config.dtype == "auto" else config.dtype
+        self._log_file = log_file
+        self._seed = seed
+        self._gpu = gpu
+        self._cores = tuple(cpu_affinity or ())
+        available = len(self._cores) or max(1, len(os.sched_getaffinity(0)) // local_engines)
+        self._threads = config.threads or available
+        self._restarts = 0
+        self._asleep = False
+        self._closed = False
+        self._policy_version: int | None = None
+        self._buffer = SharedBuffer.create(config.sync_bucket_mb << 20)
+        self._start()
+
+    @property
+    def policy_version(self) -> int | None:
+        return self._policy_version
+
+    def wait_ready(self) -> float:
+        """Waits until the child can serve; returns the seconds from its start until it could.
+
+        Raises:
+            EngineDied: when it ended, or was not ready within `rollout.start_timeout_s` of its start.
+        """
+        if self._ready is None:
+            if self._closed:
+                raise EngineDied("the rollout engine is closed")
+            left = max(0.0, self._started_at + self._config.start_timeout_s - time.time())
+            self._ready = self._child.receive(0, "start", timeout_s=left, timeout_key="rollout.start_timeout_s")
+        return self._ready.at - self._started_at
+
+    def restart(self) -> None:
+        """Replaces the child, dead or alive; the new one needs weights before it samples.
+
+        Raises:
+            EngineDied: after `rollout.max_restarts` restarts.
+        """
+        if self._restarts >= self._config.max_restarts:
+            raise EngineDied(
+                f"the rollout engine was restarted {self._restarts} times (rollout.max_restarts); see {self._log_file}"
+            )
+        self._child.end()
+        self._restarts += 1
+        self._start()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int, seed: int
+    ) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`. The same weights, prompts, seed and n give the same completions; sample i of
+        prompt p draws from a stream of its own, however vLLM batches the requests.
+        """
+        self.wait_ready()
+        if not prompts:
+            return []
+        if self._asleep:
+            raise WeightSyncError("the rollout engine is asleep; call wake() before generate()")
+        self._check_params(params, n)
+        request = SampleRequest.pack(self._checked(prompts), params, n, seed)
+        reply = self._call("generate", request)
+        return reply.unpack(n, params.temperature)
+
+    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int, verify: bool) -> SyncReport:
+        self._policy_version = None
+        tensors = iter(tensors)
+        try:
+            self.wait_ready()
+            started = time.perf_counter()
+            self._call("begin", self._buffer.capacity)
+            self._stream(tensors, verify)
+            num_tensors, num_bytes = self._call("commit", version)
+        except (EngineDied, WeightSyncError):
+            for _ in tensors:  # other ranks are inside the same collectives
+                pass
+            raise
+        self._policy_version = version
+        return SyncReport(version, num_tensors, num_bytes, time.perf_counter() - started, verify)
+
+    def sleep(self) -> None:
+        """On a GPU weights and KV cache are dropped, so a weight sync must follow `wake`; on CPU nothing is freed."""
+        self.wait_ready()
+        if not self._asleep:
+            self._call("sleep")
+            self._asleep = True
+            self._policy_version = self._call("version")
+
+    def wake(self) -> None:
+        self.wait_ready()
+        if self._asleep:
+            self._call("wake")
+            self._asleep = False
+
+    def health(self) -> EngineHealth:
+        """Asks the child; a child that is still starting counts as alive. Never raises EngineDied."""
+        seconds = 0.0 if self._ready is None else self.wait_ready()
+        alive = self._child.alive
+        if alive and self._ready is not None:
+            try:
+                timeout_s = min(HEALTH_TIMEOUT_S, self._config.timeout_s)
+                self._child.call("version", timeout_s=timeout_s, timeout_key="rollout.timeout_s")
+            except EngineDied:
+                alive = False
+        if not alive:
+            self._policy_version = None
+        return EngineHealth(alive, self._child.pid, self._policy_version, self._restarts, seconds)
+
+    def close(self) -> None:
+        self._closed = True
+        self._ready = None
+        self._policy_version = None
+        self._child.end()
+        self._buffer.close()
+
+    def _start(self) -> None:
+        self._ready = None
+        self._asleep = False
+        self._policy_version = None
+        self._started_at = time.time()
+        self._child = ChildProcess(
+            WORKER_MODULE,
+            [",".join(map(str, self._cores))] if self._cores else [],
+            env=self._environment(),
+            log_file=self._log_file,
+            pass_fds=[self._buffer.fd],
+        )
+        c = self._config
+        settings = WorkerSettings(
+            model_path=self._model_path,
+            dtype=self._dtype,
+            seed=self._seed,
+            max_num_seqs=c.max_num_seqs,
+            max_model_len=c.max_model_len,
+            enforce_eager=c.enforce_eager,
+            kv_cache_mb=c.kv_cache_mb,
+            gpu_memory_utilization=c.gpu_memory_utilization,
+            buffer_fd=self._buffer.fd,
+            buffer_capacity=self._buffer.capacity,
+        )
+        self._child.send_settings(settings, c.start_timeout_s)
+
+    def _environment(self) -> dict[str, str]:
+        env = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in TORCHRUN_VARIABLES and not key.startswith(TORCHRUN_PREFIXES)
+        }
+        env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override rollout.kv_cache_mb
+        env |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "OMP_NUM_THREADS": str(self._threads),
+        }
+        if self._gpu is not None:
+            env["CUDA_VISIBLE_DEVICES"] = str(self._gpu)
+        elif self._config.enforce_eager:
+            env["TORCHDYNAMO_DISABLE"] = "1"  # vLLM still compiles small sampling helpers, which costs seconds
+        return env
+
+    def _call(self, operation: str, *arguments: Any) -> Any:
+        try:
+            return self._child.call(
+                operation, *arguments, timeout_s=self._config.timeout_s, timeout_key="rollout.timeout_s"
+            )
+        except EngineDied:
+            self._policy_version = None
+            raise
+
+    def _stream(self, tensors: Iterable[tuple[str, torch.Tensor]], verify: bool) -> None:
+        """Packs tensors into the buffer and announces them portion by portion; waits only when the buffer is full."""
+        offset = 0
+        portion: list[Entry] = []
+        portion_start = 0
+        for name, tensor in tensors:
+            if portion and offset + tensor.nbytes > self._buffer.capacity:
+                self._announce(portion)
+                portion = []
+            if offset + tensor.nbytes > self._buffer.capacity:
+                capacity = max(self._buffer.capacity, aligned(tensor.nbytes))
+                self._call("recycle", capacity)
+                self._buffer.resize(capacity)
+                offset = portion_start = 0
+            portion.append(self._buffer.write(name, tensor, offset, verify))
+            offset += aligned(tensor.nbytes)
+            if offset - portion_start >= PORTION_BYTES:
+                self._announce(portion)
+                portion, portion_start = [], offset
+        if portion:
+            self._announce(portion)
+
+    def _announce(self, portion: list[Entry]) -> None:
+        self._child.send("load", portion, timeout_s=self._config.timeout_s)
+
+    def _checked(self, prompts: Sequence[Sequence[int]]) -> list[TokenArray]:
+        assert self._ready is not None
+        context, vocabulary = self._ready.max_model_len, self._ready.vocab_size
+        arrays = []
+        for position, prompt in enumerate(prompts):
+            array = np.asarray(prompt, dtype=np.int64)
+            if not 0 < len(array) < context:
+                raise ConfigError(
+                    f"prompt {position} has {len(array)} tokens; the engine takes 1 to {context - 1} "
+                    f"(rollout.max_model_len {context} less one for the response)"
+                )
+            if array.min() < 0 or array.max() >= vocabulary:
+                worst = array.min() if array.min() < 0 else array.max()
+                raise ConfigError(f"prompt {position} holds token id {worst}, outside the vocabulary of {vocabulary}")
+            arrays.append(array.astype(np.int32))
+        return arrays
+
+    def _check_params(self, params: SamplingParams, n: int) -> None:
+        assert self._ready is not None
+        if n < 1 or params.max_tokens < 1:
+            raise ConfigError(f"need at least one completion of one token, got n={n}, max_tokens={params.max_tokens}")
+        if not 0 <= params.temperature <= MAX_TEMPERATURE:
+            raise ConfigError(f"temperature {params.temperature} is outside vLLM's range, 0 to {MAX_TEMPERATURE:g}")
+        if not 0 < params.top_p <= 1:
+            raise ConfigError(f"top_p {params.top_p} must be in (0, 1]")
+        if params.temperature == 0 and n > 1:
+            raise ConfigError(f"temperature 0 is greedy: {n} completions would be the same one; use n=1")
+        outside = [t for t in params.stop_token_ids if not 0 <= t < self._ready.vocab_size]
+        if outside:
+            raise ConfigError(f"stop token {outside[0]} is outside the vocabulary of {self._ready.vocab_size}")

@@ -1,0 +1,92 @@
+"""What crosses between trainer and engine process. Samples travel as flat arrays, so that pickling stays cheap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_reheat.types import Completion, FloatArray, SamplingParams, TokenArray
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What the trainer asks of a new engine process. `kv_cache_mb` None: vLLM's share of a GPU, 1 GiB on CPU."""
+
+    model_path: str
+    dtype: str
+    seed: int
+    max_num_seqs: int
+    max_model_len: int | None
+    enforce_eager: bool
+    kv_cache_mb: int | None
+    gpu_memory_utilization: float
+    buffer_fd: int
+    buffer_capacity: int
+
+
+@dataclass(frozen=True)
+class WorkerReady:
+    """First message of an engine process. `at` is the wall clock (s since the epoch) at which it was ready."""
+
+    vocab_size: int
+    max_model_len: int
+    at: float
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """P prompts, end to end in `token_ids`; `base_seed` is below 2**32."""
+
+    token_ids: TokenArray
+    lengths: NDArray[np.int32]
+    n: int
+    base_seed: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+    @classmethod
+    def pack(cls, prompts: Sequence[TokenArray], params: SamplingParams, n: int, seed: int) -> SampleRequest:
+        # hashed, so that calls with seed and seed + 1 share no streams though each call uses P x n consecutive ones
+        base_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        return cls(
+            token_ids=np.concatenate(prompts),
+            lengths=np.asarray([len(p) for p in prompts], dtype=np.int32),
+            n=n,
+            base_seed=base_seed,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            max_tokens=params.max_tokens,
+            stop_token_ids=params.stop_token_ids,
+        )
+
+    def prompts(self) -> list[list[int]]:
+        return [p.tolist() for p in _split(self.token_ids, self.lengths)]
+
+
+@dataclass(frozen=True)
+class SampleReply:
+    """P x n completions, end to end, those of one prompt next to each other."""
+
+    token_ids: TokenArray
+    logprobs: FloatArray
+    lengths: NDArray[np.int32]
+    stopped: NDArray[np.bool_]
+    policy_version: int
+
+    def unpack(self, n: int, sampling_temperature: float) -> list[list[Completion]]:
+        tokens = _split(self.token_ids, self.lengths)
+        logprobs = _split(self.logprobs, self.lengths)
+        completions = [
+            Completion(t, lp, sampling_temperature, self.policy_version, "stop" if stopped else "length")
+            for t, lp, stopped in zip(tokens, logprobs, self.stopped, strict=True)
+        ]
+        return [completions[i : i + n] for i in range(0, len(completions), n)]
+
+
+def _split(flat: NDArray, lengths: NDArray[np.int32]) -> list[NDArray]:
+    return np.split(flat, np.cumsum(lengths)[:-1])

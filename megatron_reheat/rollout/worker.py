@@ -1,0 +1,101 @@
+"""The engine process: vLLM in one interpreter of its own, driven over an inherited socket.
+
+Started by `EmbeddedEngine` as `worker SOCKET_FD PARENT_PID [CORE,CORE...]`, never by hand. Requests are
+`(id, operation, arguments)`; each is answered by `(id, result or exception)` except `load`, which the trainer streams
+without waiting: what goes wrong in one is raised by the next operation of that sync which is answered.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_reheat.rollout.sampler import Sampler
+
+PR_SET_PDEATHSIG = 1
+EXIT_UNREPAIRABLE = 3
+
+
+def main() -> int:
+    socket_fd, parent_pid, cores = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    _die_with_parent(parent_pid)
+    if cores:
+        # before the first import that counts cores and makes threads
+        os.sched_setaffinity(0, [int(core) for core in cores[0].split(",")])
+    connection = Connection(socket_fd)
+
+    from megatron_reheat.rollout.sampler import Sampler
+    from megatron_reheat.rollout.wire import WorkerReady
+
+    sampler = Sampler(connection.recv())
+    connection.send((0, WorkerReady(sampler.vocab_size, sampler.max_model_len, time.time())))
+    return _serve(connection, sampler)
+
+
+def _serve(connection: Connection, sampler: Sampler) -> int:
+    """Answers until the trainer says exit or is gone; returns the exit code."""
+    load_error: Exception | None = None
+    while True:
+        try:
+            request_id, operation, arguments = connection.recv()
+        except EOFError:
+            return 0
+        if operation == "exit":
+            return 0
+        if operation == "begin":
+            load_error = None
+        if operation == "load":
+            load_error = load_error or _load(sampler, arguments)
+            continue
+        answer: Any
+        try:
+            if load_error is not None and operation in ("recycle", "commit"):
+                raise load_error
+            answer = sampler.operations[operation](*arguments)
+        except Exception as error:
+            answer = _portable(error)
+            # vLLM's layers are left in pieces that it cannot put together again
+            unrepairable = operation in ("begin", "recycle", "commit") and answer is not error
+            connection.send((request_id, answer))
+            if unrepairable:
+                return EXIT_UNREPAIRABLE
+        else:
+            connection.send((request_id, answer))
+
+
+def _load(sampler: Sampler, arguments: tuple[Any, ...]) -> Exception | None:
+    try:
+        sampler.operations["load"](*arguments)
+    except Exception as error:
+        return error
+    return None
+
+
+def _portable(error: Exception) -> Exception:
+    """Our own errors travel as they are; vLLM's may not unpickle where vLLM is not imported."""
+    from megatron_reheat.errors import ReheatError
+
+    if isinstance(error, ReheatError):
+        return error
+    traceback.print_exception(error)
+    return ReheatError(f"vLLM raised {type(error).__name__}: {error}")
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        sys.exit("the trainer ended before its engine started")
+
+
+if __name__ == "__main__":
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)  # vLLM's and gloo's threads need no unwinding

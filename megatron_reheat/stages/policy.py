@@ -1,0 +1,153 @@
+"""The policy in training: Megatron's weights, and the vLLM engines that sample from exactly those weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from megatron_reheat.errors import EngineDied, ReheatError
+from megatron_reheat.model.engine import Engine
+from megatron_reheat.parallel.topology import Topology
+from megatron_reheat.rewards.pool import VerifierPool
+from megatron_reheat.rollout.embedded import EmbeddedEngine
+from megatron_reheat.rollout.engine import SyncReport
+from megatron_reheat.rollout.weight_sync import WeightSync
+from megatron_reheat.stages.clock import Clock
+from megatron_reheat.types import Completion, Group, Prompt, Reward, SamplingParams
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a replica got from its engine, or how the engine died."""
+
+    value: Any = None
+    died: str | None = None
+
+
+class Policy:
+    """Keeps trainer and engines at the same `version`; every method is a collective over all ranks.
+
+    A replica's first rank holds its engine and its verifiers; on the other ranks both are None. An engine that dies is
+    restarted, given the weights again and asked again, up to `rollout.max_restarts` times; `engine_restarts` counts.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        topology: Topology,
+        sampler: EmbeddedEngine | None,
+        verifiers: VerifierPool | None,
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
+        assert (sampler is not None) == (verifiers is not None) == topology.is_replica_leader
+        self.engine = engine
+        self.version = 0
+        self.engine_restarts = 0
+        self.decode = decode
+        self._topology = topology
+        self._sampler = sampler
+        self._verifiers = verifiers
+        self._weight_sync = WeightSync(sampler, engine.config.rollout)
+
+    def publish(self, version: int) -> SyncReport:
+        """Gives the current weights to every engine and stamps them `version`; returns the first replica's report.
+
+        Raises:
+            ReheatError: an engine does not hold what was sent (the message names the tensors), or keeps dying.
+        """
+        self.version = version
+        return self._publish()[0]
+
+    def sample(self, prompts: Sequence[Prompt], n: int, params: SamplingParams, seed: int, clock: Clock) -> list[Group]:
+        """`n` graded completions per prompt, on every rank; prompts are dealt out over the replicas.
+
+        Raises:
+            ReheatError: an engine keeps dying, or a prompt does not fit the context; the same error on every rank.
+        """
+        topology = self._topology
+        mine = prompts[topology.data_rank :: topology.data_size]
+
+        def generate() -> list[list[Completion]]:
+            assert self._sampler is not None
+            return self._sampler.generate([p.token_ids for p in mine], params, n, seed + topology.data_rank)
+
+        with clock.phase("rollout"):
+            shares = self._sample_with_restarts(generate)
+        with clock.phase("reward"):
+            rewards = self._grade(mine, shares[topology.data_rank])
+        return [
+            Group(prompt, tuple(completions), tuple(graded))
+            for prompt, completions, graded in zip(
+                prompts, _interleave(shares, len(prompts)), _interleave(rewards, len(prompts)), strict=True
+            )
+        ]
+
+    def _grade(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[list[Reward]]]:
+        """Per replica, per prompt of it, the rewards of its completions; each leader grades its own share."""
+        rewards: list[list[Reward]] = []
+        error = None
+        if self._verifiers is not None:
+            items = [
+                (self.decode(c.token_ids.tolist()), p.verifier)
+                for p, cs in zip(prompts, completions, strict=True)
+                for c in cs
+            ]
+            try:
+                flat = iter(self._verifiers.grade(items))
+                rewards = [[next(flat) for _ in cs] for cs in completions]
+            except ReheatError as failure:
+                error = str(failure)
+        return self._topology.share_from_leaders(rewards, error)
+
+    def _sample_with_restarts(self, generate: Callable[[], Any]) -> list[Any]:
+        answers = self._ask(generate if self._sampler is not None else None)
+        while any(a.died for a in answers):
+            self._revive(answers)
+            self._publish()
+            again = answers[self._topology.data_rank].died
+            retried = self._ask(generate if again and self._sampler is not None else None)
+            answers = [new if old.died else old for old, new in zip(answers, retried, strict=True)]
+        return [a.value for a in answers]
+
+    def _publish(self) -> list[SyncReport]:
+        def push() -> SyncReport:
+            return self._weight_sync.push(self.engine.iter_hf_weights(), self.version)
+
+        # the ranks of a replica produce the tensors together, so all of them take part
+        answers = self._ask(push)
+        while any(a.died for a in answers):
+            self._revive(answers)
+            answers = self._ask(push)
+        return [a.value for a in answers]
+
+    def _ask(self, action: Callable[[], Any] | None) -> list[_Answer]:
+        """Runs `action` where there is one and tells every rank how it went in each replica."""
+        answer, error = _Answer(), None
+        if action is not None:
+            try:
+                answer = _Answer(action())
+            except EngineDied as failure:
+                answer = _Answer(died=str(failure))
+            except ReheatError as failure:
+                error = str(failure)
+        return self._topology.share_from_leaders(answer, error)
+
+    def _revive(self, answers: Sequence[_Answer]) -> None:
+        error = None
+        self.engine_restarts += sum(a.died is not None for a in answers)
+        died = answers[self._topology.data_rank].died
+        if died and self._sampler is not None:
+            try:
+                self._sampler.restart()
+                self._sampler.wait_ready()
+            except ReheatError as failure:
+                error = f"{died}; {failure}"
+        self._topology.share_from_leaders(None, error)
+
+
+def _interleave(shares: Sequence[Sequence[T]], total: int) -> list[T]:
+    """Undoes the dealing out of `sample`: replica r holds items r, r + DP, r + 2 DP, ..."""
+    return [shares[i % len(shares)][i // len(shares)] for i in range(total)]

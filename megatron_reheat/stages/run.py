@@ -1,0 +1,353 @@
+"""A whole run: build, restore, warm start, then RL and reheating as the controller decides, with everything on record."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_reheat.config import Config
+from megatron_reheat.data.prompts import PromptCursor, PromptDataset, check_vocabulary, load_prompts
+from megatron_reheat.errors import ConfigError, NonFiniteLossError
+from megatron_reheat.model.checkpoint import (
+    install_optimizer_fixes,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from megatron_reheat.model.engine import Engine
+from megatron_reheat.model.provider import check_layout, read_hf_config, resolve_hf_folder
+from megatron_reheat.parallel import topology as parallel_topology
+from megatron_reheat.parallel.topology import Topology
+from megatron_reheat.rewards.pool import VerifierPool
+from megatron_reheat.rollout.embedded import EmbeddedEngine
+from megatron_reheat.run_folder import RunFolder
+from megatron_reheat.run_logger import RunLogger, StepRecord
+from megatron_reheat.stages.controller import Controller, ControllerState, Verdict
+from megatron_reheat.stages.evaluate import evaluate
+from megatron_reheat.stages.outcome import StepOutcome
+from megatron_reheat.stages.policy import Policy
+from megatron_reheat.stages.reheat import ReheatStage
+from megatron_reheat.stages.rlvr import RLVRStage
+from megatron_reheat.stages.sft import SFTStage
+
+
+@dataclass
+class RunState:
+    """What a checkpoint keeps besides weights and optimizer. `step` counts every stage's steps, the warm start's first."""
+
+    step: int = 0
+    policy_version: int = 0
+    skipped_in_row: int = 0
+    controller: dict[str, Any] = field(default_factory=lambda: ControllerState().to_json())
+    cursor: dict[str, Any] | None = None
+    sft_cursor: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that is read and checked before a model is built."""
+
+    hf_folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptDataset
+    eval_prompts: PromptDataset | None
+    stop_token_ids: tuple[int, ...]
+    max_model_len: int
+
+
+def train(config: Config) -> None:
+    """Runs `config` to its end, from its own latest checkpoint, another run's (`run.fork_from`) or the start.
+
+    Raises:
+        ReheatError: with one clear sentence; checkpoints written so far stay valid.
+    """
+    inputs = read_inputs(config)
+    topology = parallel_topology.initialize(config)
+    with _Helpers(config, topology, inputs) as helpers:
+        Run(config, topology, inputs, helpers.sampler, helpers.verifiers).go()
+    # only after success: a rank that failed must not wait for the others to leave the groups with it
+    parallel_topology.finalize()
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Model configuration, tokenizer and data, each checked against the others.
+
+    Raises:
+        ConfigError: naming the key to change.
+    """
+    hf_folder = resolve_hf_folder(config.model)
+    hf = read_hf_config(hf_folder)
+    check_layout(hf, config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(hf_folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.hf_path: no usable tokenizer in {hf_folder} ({error})") from None
+    check_vocabulary(tokenizer, hf.vocab_size)
+    prompts = load_prompts(config.data, tokenizer, reward_kind=config.reward.kind)
+    eval_prompts = None
+    if config.eval.data is not None:
+        held_out = load_prompts(config.eval.data, tokenizer, reward_kind=config.reward.kind)
+        eval_prompts = held_out.without(prompts)
+    max_model_len = _context_length(config, hf.max_position_embeddings)
+    stops = {tokenizer.eos_token_id, *_as_list(hf.eos_token_id)} - {None}
+    if not stops:
+        raise ConfigError(f"{hf_folder}: neither tokenizer nor config.json names an eos token, so no response could end")
+    return Inputs(hf_folder, tokenizer, prompts, eval_prompts, tuple(sorted(stops)), max_model_len)
+
+
+def _context_length(config: Config, model_limit: int) -> int:
+    responses = {
+        "rollout.max_tokens": config.rollout.max_tokens,
+        "reheat.max_tokens": config.reheat.max_tokens if config.controller.action == "reheat" else 0,
+        "eval.max_tokens": config.eval.max_tokens if config.eval.data else 0,
+    }
+    key, longest = max(responses.items(), key=lambda item: item[1])
+    needed = config.data.max_prompt_tokens + longest
+    limit = min(config.rollout.max_model_len or model_limit, model_limit)
+    if needed > limit:
+        raise ConfigError(
+            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + {key} {longest} = {needed} exceeds the context of "
+            f"{limit} tokens; lower one of them"
+        )
+    return config.rollout.max_model_len or needed
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+class _Helpers:
+    """The replica leader's vLLM engine and verifiers; None on other ranks. Closed on the way out, whatever happens.
+
+    The engine is started here, before the model is built, so that vLLM's imports run beside Megatron's.
+    """
+
+    def __init__(self, config: Config, topology: Topology, inputs: Inputs) -> None:
+        self.sampler: EmbeddedEngine | None = None
+        self.verifiers: VerifierPool | None = None
+        if not topology.is_replica_leader:
+            return
+        folder = RunFolder(config.run.path)
+        folder.logs.mkdir(parents=True, exist_ok=True)
+        replica_size = topology.tensor_size * topology.pipeline_size
+        self.sampler = EmbeddedEngine(
+            str(inputs.hf_folder),
+            config.rollout.model_copy(update={"max_model_len": inputs.max_model_len}),
+            dtype=config.model.dtype,
+            log_file=folder.logs / f"vllm-{topology.data_rank}.log",
+            seed=config.run.seed,
+            local_engines=max(1, topology.local_world_size // replica_size),
+            gpu=topology.local_rank if topology.device.type == "cuda" else None,
+        )
+        self.verifiers = VerifierPool(config.reward)
+
+    def __enter__(self) -> _Helpers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.sampler is not None:
+            self.sampler.close()
+        if self.verifiers is not None:
+            self.verifiers.close()
+
+
+class Run:
+    """Holds the parts together; `go` is the loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        topology: Topology,
+        inputs: Inputs,
+        sampler: EmbeddedEngine | None,
+        verifiers: VerifierPool | None,
+    ) -> None:
+        install_optimizer_fixes()
+        self.config, self.topology, self.inputs = config, topology, inputs
+        self.folder = RunFolder(config.run.path)
+        self.engine = Engine(config, inputs.hf_folder, topology)
+        self.policy = Policy(self.engine, topology, sampler, verifiers, self._decode)
+        self.cursor = PromptCursor(inputs.prompts, seed=config.run.seed, shuffle=config.data.shuffle)
+        self.sft_cursor = PromptCursor(inputs.prompts, seed=config.run.seed + 1, shuffle=config.data.shuffle)
+        self.controller = Controller(config.controller)
+        self.state = RunState()
+        self._sampler = sampler
+        self._saved_step = -1
+        self._build_stages()
+
+    def go(self) -> None:
+        source, forked = self._restore()
+        total = self.config.sft.steps + self.config.run.steps
+        with RunLogger(
+            self.config,
+            self.folder,
+            is_main=self.topology.is_main,
+            start_step=self.state.step,
+            total_steps=total,
+        ) as self.logger:
+            self._announce_start(source)
+            if self.state.step >= total:
+                self.logger.log_event(f"nothing to do: {self.state.step} of {total} steps are done (run.steps)", "yellow")
+                return
+            if forked and (text := self._follow(self.controller.judge_rl())):
+                self.logger.log_event(text)
+            if self.state.step == 0 and not self.config.sft.steps:
+                self._log(0, "rlvr", self._evaluate())
+            while self.state.step < total and not self.controller.state.stopped:
+                self._step()
+            self._save()
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        step, config = self.state.step + 1, self.config
+        stage = "sft" if step <= config.sft.steps else self.controller.state.stage
+        round_, event, border = self.controller.state.round, None, False
+        if stage == "sft":
+            outcome = self.sft.step(step)
+            if border := step == config.sft.steps:
+                self.engine.reset_optimizer()
+                self.policy.publish(step)
+        else:
+            outcome, verdict = self._reheat_or_rl(step, stage)
+            event, border = self._follow(verdict, outcome.entropy), verdict is not Verdict.CONTINUE
+        self._count_skips(outcome, step)
+        self.state.step = step
+        metrics = dict(outcome.metrics)
+        last = step == config.sft.steps + config.run.steps
+        scheduled = stage == "rlvr" and config.eval.every and step % config.eval.every == 0
+        if border or last or scheduled:
+            metrics.update(self._evaluate())
+        if stage != "sft" or border or step % config.sft.log_every == 0 or step == 1:
+            self._log(step, stage, metrics, round_, event)
+        self.logger.write_rollouts(step, outcome.groups, self._decode, config.logging.rollouts_per_step)
+        if config.checkpoint.every and step % config.checkpoint.every == 0:
+            self._save()
+
+    def _reheat_or_rl(self, step: int, stage: str) -> tuple[StepOutcome, Verdict]:
+        if stage == "reheat":
+            return self.reheat.step(step)
+        state = self.controller.state
+        temperature = self.config.rollout.temperature
+        if state.temperature_raised:
+            temperature = self.config.controller.rollout_temperature
+        outcome = self.rlvr.step(step, stage_step=state.stage_steps, sampling_temperature=temperature)
+        if outcome.entropy is None:
+            return outcome, Verdict.CONTINUE
+        return outcome, self.controller.observe_rl(outcome.entropy)
+
+    def _follow(self, verdict: Verdict, entropy: float | None = None) -> str | None:
+        """Carries out a verdict and says what happened; stages do not inherit each other's optimizer moments."""
+        if verdict is Verdict.CONTINUE:
+            return None
+        before = self.controller.state.stage
+        text = self.controller.explain(verdict, self.controller.smoothed_entropy if entropy is None else entropy)
+        self.controller.carry_out(verdict)
+        if self.controller.state.stage != before:
+            self.engine.reset_optimizer()
+        return text
+
+    def _count_skips(self, outcome: StepOutcome, step: int) -> None:
+        if outcome.finite:
+            self.state.skipped_in_row = 0
+            return
+        self.state.skipped_in_row += 1
+        limit = self.config.optimizer.max_skipped_steps
+        self.logger.log_event(
+            f"step {step}: loss or gradient is not finite; update skipped ({self.state.skipped_in_row} in a row)", "red"
+        )
+        if self.state.skipped_in_row > limit:
+            failure = NonFiniteLossError(
+                f"loss or gradient was not finite for {self.state.skipped_in_row} steps in a row "
+                f"(optimizer.max_skipped_steps {limit}); the latest good checkpoint is "
+                f"{latest_checkpoint(self.folder.checkpoints) or 'none yet'}; lower optimizer.lr or check the data"
+            )
+            failure.on_every_rank = True
+            raise failure
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def _restore(self) -> tuple[str, bool]:
+        """Loads the newest state there is; returns where it came from and whether that was another run."""
+        own = latest_checkpoint(self.folder.checkpoints)
+        fork = self.config.run.fork_from
+        source = own or (latest_checkpoint(RunFolder(Path(fork)).checkpoints) if fork else None)
+        if fork and source is None:
+            raise ConfigError(f"run.fork_from: {fork} has no complete checkpoint under checkpoints/")
+        if source is not None:
+            self.state = RunState(**load_checkpoint(self.engine, source))
+            self.controller.state = ControllerState(**self.state.controller)
+            if self.state.cursor is not None:
+                self.cursor.load_state(self.state.cursor)
+            if self.state.sft_cursor is not None:
+                self.sft_cursor.load_state(self.state.sft_cursor)
+            self._saved_step = self.state.step if own else -1
+        forked = source is not None and own is None
+        if forked:
+            self.controller.state.stopped = False
+        report = self.policy.publish(self.state.policy_version)
+        self._first_sync = report
+        return ("the Hugging Face folder" if source is None else str(source)), forked
+
+    def _save(self) -> None:
+        if self._saved_step == self.state.step:
+            return
+        self.state.policy_version = self.policy.version
+        self.state.controller = self.controller.state.to_json()
+        self.state.cursor = self.cursor.state()
+        self.state.sft_cursor = self.sft_cursor.state()
+        save_checkpoint(
+            self.engine,
+            self.folder.checkpoints,
+            self.state.step,
+            asdict(self.state),
+            keep=self.config.checkpoint.keep,
+        )
+        self._saved_step = self.state.step
+
+    # -- the rest --------------------------------------------------------------------------------------------------
+
+    def _build_stages(self) -> None:
+        config, inputs = self.config, self.inputs
+        stops = inputs.stop_token_ids
+        self.rlvr = RLVRStage(config, self.policy, self.cursor, stops)
+        self.reheat = ReheatStage(config, self.policy, self.cursor, stops, self.controller)
+        self.sft = SFTStage(config.sft, self.engine, self.sft_cursor, self._encode_solution, config.optimizer.weight_decay)
+
+    def _encode_solution(self, solution: str) -> list[int]:
+        tokenizer = self.inputs.tokenizer
+        return [*tokenizer(solution, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+    def _decode(self, token_ids: Any) -> str:
+        return self.inputs.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def _evaluate(self) -> dict[str, float]:
+        if self.inputs.eval_prompts is None:
+            return {}
+        started = time.perf_counter()
+        result = evaluate(self.policy, self.inputs.eval_prompts, self.config.eval, self.inputs.stop_token_ids)
+        return {**result, "time/eval_s": time.perf_counter() - started}
+
+    def _log(
+        self, step: int, stage: Any, metrics: dict[str, float], round_: int = 0, event: str | None = None
+    ) -> None:
+        if metrics:
+            metrics["rollout/engine_restarts"] = float(self.policy.engine_restarts)
+            self.logger.log_step(StepRecord(step, stage, round_, self.policy.version, metrics, event))
+
+    def _announce_start(self, source: str) -> None:
+        t = self.topology
+        start_s = self._sampler.wait_ready() if self._sampler is not None else 0.0
+        sync = self._first_sync
+        for line in (
+            f"{self.config.run.name}: {self.engine.num_parameters / 1e6:.2f}M parameters from {source}",
+            f"layout: tensor {t.tensor_size} x pipeline {t.pipeline_size} x data {t.data_size} on {t.device.type}; "
+            f"{self.engine.backend}",
+            f"vLLM: {t.data_size} engine(s), ready {start_s:.1f} s after their start; first weight sync "
+            f"{sync.num_bytes / 1e6:.1f} MB in {sync.seconds * 1e3:.0f} ms, digests verified",
+        ):
+            self.logger.log_event(line, "dim")

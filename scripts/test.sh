@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Sets up .venv/, then lint, format, types and tests; a failed check does not hide the next one.
+#
+#   bash scripts/test.sh                      # everything
+#   bash scripts/test.sh tests/unit -k config # arguments go to pytest
+set -uo pipefail
+unset CDPATH
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+# One thread per process: the distributed tests start several on one machine.
+export OMP_NUM_THREADS=1
+
+summary=()
+failed=0
+
+run_stage() {
+    local name=$1 start=$SECONDS status=0 verdict=ok
+    shift
+    printf '\n== %s\n' "$name"
+    "$@" || status=$?
+    if ((status != 0)); then
+        verdict="FAILED (exit $status)"
+        failed=1
+    fi
+    summary+=("$(printf '%-7s %4ss  %s' "$name" $((SECONDS - start)) "$verdict")")
+}
+
+run_stage setup bash scripts/setup_env.sh
+if ((failed == 0)); then
+    run_stage lint .venv/bin/python -m ruff check .
+    run_stage format .venv/bin/python -m ruff format --check .
+    run_stage types .venv/bin/python -m mypy
+    run_stage tests .venv/bin/python -m pytest -rs "$@"
+fi
+
+printf '\n'
+printf '%s\n' "${summary[@]}"
+exit "$failed"
