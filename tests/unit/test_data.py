@@ -63,7 +63,7 @@ def test_countdown_template_and_verifier(tokenizer: PreTrainedTokenizerFast) -> 
 def test_countdown_is_deterministic_and_seeds_do_not_overlap(tokenizer: PreTrainedTokenizerFast) -> None:
     def texts(seed: int, seed_offset: int = 0) -> list[str]:
         dataset = load_prompts(
-            countdown(seed=seed, options={}), tokenizer, reward_kind="reasoning_gym", seed_offset=seed_offset
+            countdown(seed=seed, size=8), tokenizer, reward_kind="reasoning_gym", seed_offset=seed_offset
         )
         return [prompt.text for prompt in dataset]
 

@@ -52,7 +52,7 @@ def ends(pid: int, patience_s: float = 60.0) -> bool:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[VerifierPool]:
-    with VerifierPool(RewardConfig(kind="reasoning_gym", workers=2, timeout_s=2.0, incorrect=-1.0)) as pool:
+    with VerifierPool(RewardConfig(kind="reasoning_gym", workers=2, timeout_s=3.0, incorrect=-1.0)) as pool:
         yield pool
 
 

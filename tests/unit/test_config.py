@@ -1,0 +1,355 @@
+"""Every way a recipe can be wrong is refused by name, and a right one survives a round trip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from megatron_reheat.config import Config, dump_config, load_config, parse_config
+from megatron_reheat.errors import ConfigError, ReheatError
+
+MINIMAL = "model: {hf_path: m}\ndata: {path: p.jsonl}\n"
+
+
+def recipe(**sections: Any) -> dict[str, Any]:
+    """The smallest valid tree with `sections` on top."""
+    return {"model": {"hf_path": "m"}, "data": {"path": "p.jsonl"}, **sections}
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def refusal(tree: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree)
+    return str(caught.value)
+
+
+def load_refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+# --- defaults and immutability
+
+
+def test_defaults_are_those_of_the_paper() -> None:
+    config = parse_config(recipe())
+    assert (config.rl.clip_low, config.rl.clip_high, config.rl.group_size) == (0.2, 0.28, 8)
+    assert (config.reheat.teacher_temperature, config.reheat.direction, config.reheat.lr) == (1.2, "forward", 1e-6)
+    assert (config.controller.collapse_below, config.controller.reheat_to) == (0.08, 0.12)
+    assert config.controller.max_reheat_steps == 15
+
+
+@pytest.mark.parametrize("section", list(Config.model_fields))
+def test_every_section_is_frozen(section: str) -> None:
+    config = parse_config(recipe())
+    part = getattr(config, section)
+    field = next(iter(type(part).model_fields))
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(part, field, getattr(part, field))
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(config, section, part)
+
+
+def test_a_config_error_is_both_ours_and_a_value_error() -> None:
+    assert issubclass(ConfigError, ReheatError) and issubclass(ConfigError, ValueError)
+
+
+# --- keys
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (recipe(rollouts={}), "rollouts: unknown key; did you mean 'rollout'?"),
+        (recipe(rollout={"temprature": 1.0}), "rollout.temprature: unknown key; did you mean 'temperature'?"),
+        (
+            recipe(eval={"data": {"path": "p", "max_prompt_token": 9}}),
+            "eval.data.max_prompt_token: unknown key; did you mean 'max_prompt_tokens'?",
+        ),
+        (recipe(checkpoint={"zzz": 1}), "checkpoint.zzz: unknown key; known keys: every, keep"),
+    ],
+)
+def test_unknown_keys_come_with_a_suggestion(tree: dict[str, Any], message: str) -> None:
+    assert refusal(tree) == message
+
+
+def test_free_form_options_take_any_key() -> None:
+    options = {"min_numbers": 3, "operators": ["+", "-"]}
+    data = {"source": "reasoning_gym", "name": "countdown", "options": options}
+    assert parse_config(recipe(data=data)).data.options == options
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    assert refusal({"data": {"path": "p"}, "rl": {"grup_size": 4, "clip_low": -1}}) == (
+        "model: this key is required; rl.clip_low: Input should be greater than 0; "
+        "rl.grup_size: unknown key; did you mean 'group_size'?"
+    )
+
+
+@pytest.mark.parametrize("value", [None, 3, [1]])
+def test_a_section_must_be_a_mapping(value: Any) -> None:
+    assert refusal(recipe(rl=value)) == f"rl: must hold keys and values, not {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("rl", "group_size", 1),
+        ("rl", "group_size", 2.5),
+        ("rl", "dual_clip", 1.0),
+        ("rl", "aggregation", "median"),
+        ("optimizer", "beta1", 1.0),
+        ("optimizer", "lr", float("inf")),
+        ("optimizer", "lr", float("nan")),
+        ("rollout", "temperature", 0),
+        ("rollout", "gpu_memory_utilization", 1.1),
+        ("eval", "top_p", 0),
+        ("run", "steps", -1),
+        ("checkpoint", "keep", 0),
+        ("parallel", "tensor", 0),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(section: str, key: str, value: Any) -> None:
+    assert refusal(recipe(**{section: {key: value}})).startswith(f"{section}.{key}: ")
+
+
+def test_yaml_exponents_without_a_dot_are_numbers(tmp_path: Path) -> None:
+    # YAML 1.1 reads 1e-6 as text
+    path = write(tmp_path, "r.yaml", MINIMAL + "optimizer: {lr: 1e-6}\n")
+    assert load_config(path).optimizer.lr == 1e-6
+    assert load_config(path, ["optimizer.lr=3e-4"]).optimizer.lr == 3e-4
+
+
+# --- files and inheritance
+
+
+def test_a_recipe_holds_only_what_differs_from_its_base(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", MINIMAL + "rl: {group_size: 4, clip_high: 0.3}\nrun: {seed: 1}\n")
+    write(tmp_path, "mid/mid.yaml", "base: ../base.yaml\nrl: {group_size: 6}\n")
+    leaf = write(tmp_path, "mid/leaf.yaml", "base: mid.yaml\nrun: {name: leaf}\n")
+    config = load_config(leaf)
+    assert (config.rl.group_size, config.rl.clip_high) == (6, 0.3)
+    assert (config.run.seed, config.run.name) == (1, "leaf")
+
+
+def test_lists_and_nulls_replace_what_the_base_says(tmp_path: Path) -> None:
+    base = "model: {hf_path: m}\ndata: {source: reasoning_gym, name: a, options: {ops: ['+', '-'], n: 3}}\n"
+    write(tmp_path, "base.yaml", base + "rl: {dual_clip: 5}\n")
+    leaf = write(tmp_path, "leaf.yaml", "base: base.yaml\ndata: {options: {ops: ['*']}}\nrl: {dual_clip: null}\n")
+    config = load_config(leaf)
+    assert config.data.options == {"ops": ["*"], "n": 3}
+    assert config.rl.dual_clip is None
+
+
+def test_a_loop_of_bases_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "a.yaml", "base: b.yaml\n")
+    path = write(tmp_path, "b.yaml", "base: a.yaml\n")
+    assert load_refusal(path).endswith("base files form a loop: b.yaml -> a.yaml -> b.yaml")
+    assert "loop: c.yaml -> c.yaml" in load_refusal(write(tmp_path, "c.yaml", "base: c.yaml\n"))
+
+
+def test_one_base_may_be_reached_twice_in_different_recipes(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", MINIMAL)
+    for name in ("a.yaml", "b.yaml"):
+        assert load_config(write(tmp_path, name, "base: base.yaml\n")).model.hf_path == "m"
+
+
+def test_missing_files_are_named_with_whoever_asked_for_them(tmp_path: Path) -> None:
+    assert load_refusal(tmp_path / "none.yaml") == f"no such config file: {tmp_path / 'none.yaml'}"
+    path = write(tmp_path, "leaf.yaml", "base: gone.yaml\n")
+    assert load_refusal(path) == f"no such config file: {tmp_path / 'gone.yaml'}, named as base by {path}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rl: [1, 2\n", "is not valid YAML"),
+        ("- a\n- b\n", "must hold a mapping of sections, not a list"),
+        ("base: [a.yaml]\n", "base must be the path of one recipe, not ['a.yaml']"),
+        ("", "model: this key is required; data: this key is required"),
+    ],
+)
+def test_files_that_are_no_recipes_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    assert message in load_refusal(write(tmp_path, "r.yaml", text))
+
+
+def test_a_folder_or_binary_file_is_refused(tmp_path: Path) -> None:
+    assert f"{tmp_path} cannot be read" in load_refusal(tmp_path)
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in load_refusal(path)
+
+
+# --- overrides
+
+
+def test_overrides_win_and_the_last_one_counts(tmp_path: Path) -> None:
+    path = write(tmp_path, "r.yaml", MINIMAL + "rl: {group_size: 4, clip_low: 0.1}\n")
+    config = load_config(path, ["rl.group_size=8", "rl.group_size=16", "run.name=x=y", "rl.dual_clip="])
+    assert (config.rl.group_size, config.rl.clip_low) == (16, 0.1)
+    assert config.run.name == "x=y"
+    assert config.rl.dual_clip is None
+
+
+def test_overrides_reach_sections_the_recipe_does_not_mention(tmp_path: Path) -> None:
+    path = write(tmp_path, "r.yaml", MINIMAL)
+    config = load_config(path, ["eval.data.path=held.jsonl", "data.options={a: [1, 2]}", "logging.console=false"])
+    assert config.eval.data is not None and config.eval.data.path == "held.jsonl"
+    assert config.data.options == {"a": [1, 2]}
+    assert config.logging.console is False
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rl.group_size", "override 'rl.group_size' is not of the form key=value (e.g. rl.group_size=16)"),
+        ("=3", "override '=3' is not of the form key=value (e.g. rl.group_size=16)"),
+        ("model.hf_path.x=1", "override model.hf_path.x: hf_path is a value, not a section"),
+        ("data.options={a: ", "override data.options: '{a: ' is not a valid YAML value; quote it"),
+        ("rl.group_sise=4", "rl.group_sise: unknown key; did you mean 'group_size'?"),
+    ],
+)
+def test_bad_overrides_are_refused(tmp_path: Path, override: str, message: str) -> None:
+    assert load_refusal(write(tmp_path, "r.yaml", MINIMAL), override) == message
+
+
+# --- checks across fields
+
+
+@pytest.mark.parametrize(
+    ("tree", "keys"),
+    [
+        (recipe(data={"source": "reasoning_gym"}), ["data: source reasoning_gym needs `name`"]),
+        (recipe(data={"source": "jsonl"}), ["data: source jsonl needs `path`"]),
+        (recipe(data={"source": "datasets"}), ["data: source datasets needs `name`"]),
+        (recipe(reheat={"teacher_temperature": 1.0}), ["reheat: teacher_temperature must be above 1"]),
+        (recipe(controller={"collapse_below": 0.12}), ["controller: need collapse_below < reheat_to", "0.12, 0.12"]),
+        (recipe(controller={"reheat_to": 0.5}), ["reheat_to < runaway_entropy", "0.08, 0.5"]),
+        (recipe(run={"folder": "runs/{nmae}"}), ["run.folder: 'runs/{nmae}' may hold {name} in braces"]),
+        (recipe(run={"folder": "runs/{name.x}"}), ["run.folder: "]),
+        (recipe(run={"folder": "runs/{"}), ["run.folder: "]),
+        (
+            recipe(rl={"prompts_per_step": 64, "minibatch_prompts": 48}),
+            ["rl.prompts_per_step 64 is not a multiple of rl.minibatch_prompts 48"],
+        ),
+        (
+            recipe(rollout={"max_model_len": 6143}),
+            ["data.max_prompt_tokens 2048", "longest response 4096", "rollout.max_model_len 6143"],
+        ),
+        (
+            recipe(rollout={"max_model_len": 2560, "max_tokens": 512}, reheat={"max_tokens": 513}),
+            ["longest response 513", "rollout.max_model_len 2560"],
+        ),
+        (
+            recipe(parallel={"microbatch_tokens": 6143}),
+            ["parallel.microbatch_tokens 6143", "raise parallel.microbatch_tokens to 6144"],
+        ),
+        (
+            recipe(parallel={"microbatch_tokens": 10239}, eval={"data": {"path": "h"}}),
+            ["eval.data.max_prompt_tokens + eval.max_tokens = 10240", "parallel.microbatch_tokens 10239"],
+        ),
+        (recipe(rl={"overlong_buffer": 4097}), ["rl.overlong_buffer 4097 exceeds rollout.max_tokens 4096"]),
+        (recipe(sft={"steps": 1}), ["sft.steps needs data.solution_template"]),
+        (recipe(parallel={"sequence_parallel": True}), ["parallel.sequence_parallel needs parallel.tensor > 1"]),
+        (
+            recipe(reward={"kind": "reasoning_gym"}),
+            ["reward.kind reasoning_gym needs data.source reasoning_gym, not jsonl"],
+        ),
+    ],
+)
+def test_fields_that_disagree_are_named(tree: dict[str, Any], keys: list[str]) -> None:
+    message = refusal(tree)
+    assert all(key in message for key in keys), message
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"rl": {"prompts_per_step": 64, "minibatch_prompts": 32}},
+        {"rollout": {"max_model_len": 6144}, "parallel": {"microbatch_tokens": 6144}},
+        {"rl": {"overlong_buffer": 4096}},
+        {"parallel": {"sequence_parallel": True, "tensor": 2}},
+        {"parallel": {"microbatch_tokens": 10240}, "eval": {"data": {"path": "h"}}},
+        {"data": {"path": "p", "solution_template": "{answer}"}, "sft": {"steps": 1}},
+        {"data": {"source": "datasets", "path": "folder"}},
+        {"data": {"source": "reasoning_gym", "name": "countdown"}, "reward": {"kind": "reasoning_gym"}},
+    ],
+)
+def test_the_borders_of_those_checks_are_allowed(sections: dict[str, Any]) -> None:
+    parse_config(recipe(**sections))
+
+
+def test_reheat_length_does_not_matter_when_the_controller_never_reheats() -> None:
+    rollout = {"max_model_len": 2560, "max_tokens": 512}
+    config = parse_config(recipe(rollout=rollout, controller={"action": "none"}))
+    assert config.reheat.max_tokens > 512
+
+
+# --- layout against the number of processes
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "replicas"),
+    [
+        ({}, None, 1),
+        ({"data": 4}, None, 4),
+        ({}, 6, 6),
+        ({"tensor": 2, "pipeline": 2}, 8, 2),
+        ({"tensor": 2, "data": 3}, 6, 3),
+    ],
+)
+def test_data_parallel(parallel: dict[str, int], world_size: int | None, replicas: int) -> None:
+    assert parse_config(recipe(parallel=parallel)).data_parallel(world_size) == replicas
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "fix"),
+    [
+        ({"tensor": 2, "pipeline": 2}, 6, "start a multiple of 4 processes"),
+        ({"tensor": 2, "data": 2}, 6, "start 4 processes or set parallel.data=3"),
+        ({"data": 2}, 1, "start 2 processes or set parallel.data=1"),
+    ],
+)
+def test_a_world_that_does_not_fit_is_refused_with_the_fix(parallel: dict[str, int], world_size: int, fix: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(recipe(parallel=parallel)).data_parallel(world_size)
+    assert str(caught.value).startswith(f"WORLD_SIZE {world_size} is not ") and str(caught.value).endswith(fix)
+
+
+# --- dump and load
+
+
+def test_a_dump_loads_back_to_the_same_config(tmp_path: Path) -> None:
+    data = {
+        "source": "reasoning_gym",
+        "name": "countdown",
+        "options": {"ops": ["+", "*"], "n": 3},
+        "raw_template": "a: {b}\n",
+    }
+    config = parse_config(
+        recipe(
+            data=data,
+            eval={"data": data, "top_p": 0.7},
+            reheat={"lr": 1e-6},
+            rl={"dual_clip": None},
+            run={"name": "no", "fork_from": "007"},
+        )
+    )
+    path = write(tmp_path, "dump.yaml", dump_config(config))
+    assert load_config(path) == config
+    assert load_config(path, ["run.seed=1"]) != config
+
+
+def test_the_run_folder_follows_the_name() -> None:
+    assert parse_config(recipe(run={"name": "a"})).run.path == Path("runs/a")
+    assert parse_config(recipe(run={"name": "a", "folder": "elsewhere"})).run.path == Path("elsewhere")
