@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from megatron_reheat.errors import ConfigError
 
 
-
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -105,7 +104,9 @@ class RolloutConfig(Section):
     start_timeout_s: float = Field(default=900.0, gt=0)
     max_restarts: int = Field(default=2, ge=0)
     sync_bucket_mb: int = Field(default=512, gt=0)
-    verify_every: int = Field(default=50, ge=0, description="digest check on the first and every N-th sync; 0: first only")
+    verify_every: int = Field(
+        default=50, ge=0, description="digest check on the first and every N-th sync; 0: first only"
+    )
     mismatch_limit: float = Field(default=0.1, gt=0, description="stop when mismatch_kl exceeds this")
 
 
@@ -225,6 +226,15 @@ class RunConfig(Section):
     steps: int = Field(default=100, ge=0, description="RL and reheating steps together, so that arms are step-matched")
     fork_from: str | None = Field(default=None, description="run folder whose latest checkpoint this run starts from")
 
+    @field_validator("folder")
+    @classmethod
+    def _folder_is_a_template(cls, folder: str) -> str:
+        try:
+            folder.format(name="")
+        except (AttributeError, IndexError, KeyError, ValueError):
+            raise ValueError(f"{folder!r} may hold {{name}} in braces and nothing else") from None
+        return folder
+
     @property
     def path(self) -> Path:
         return Path(self.folder.format(name=self.name))
@@ -267,8 +277,8 @@ class Config(Section):
         if p.data is not None and p.data * model_parallel != world_size:
             raise ConfigError(
                 f"WORLD_SIZE {world_size} is not parallel.tensor x parallel.pipeline x parallel.data = {p.tensor} x "
-                f"{p.pipeline} x {p.data} = {model_parallel * p.data}; start {model_parallel * p.data} processes or set "
-                f"parallel.data={world_size // model_parallel}"
+                f"{p.pipeline} x {p.data} = {model_parallel * p.data}; start {model_parallel * p.data} processes or "
+                f"set parallel.data={world_size // model_parallel}"
             )
         return world_size // model_parallel
 
@@ -293,6 +303,13 @@ def _cross_field_problems(c: Config) -> Iterator[str]:
             f"data.max_prompt_tokens {c.data.max_prompt_tokens} + the longest response {longest} exceeds "
             f"parallel.microbatch_tokens {c.parallel.microbatch_tokens}; one sequence must fit one micro-batch: raise "
             f"parallel.microbatch_tokens to {sequence}"
+        )
+    eval_sequence = c.eval.data.max_prompt_tokens + c.eval.max_tokens if c.eval.data else 0
+    if eval_sequence > c.parallel.microbatch_tokens:
+        yield (
+            f"eval.data.max_prompt_tokens + eval.max_tokens = {eval_sequence} exceeds parallel.microbatch_tokens "
+            f"{c.parallel.microbatch_tokens}; one sequence must fit one micro-batch: raise parallel.microbatch_tokens "
+            "or lower eval.max_tokens"
         )
     if c.rl.overlong_buffer > c.rollout.max_tokens:
         yield f"rl.overlong_buffer {c.rl.overlong_buffer} exceeds rollout.max_tokens {c.rollout.max_tokens}; lower it"
@@ -335,7 +352,10 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError:
-        raise ConfigError(f"no such config file: {path}") from None
+        referrer = f", named as base by {seen[-1]}" if seen else ""
+        raise ConfigError(f"no such config file: {path}{referrer}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -343,6 +363,8 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base must be the path of one recipe, not {base!r}")
     return _merge(_read_tree(path.parent / base, (*seen, path)), tree)
 
 
@@ -364,7 +386,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ConfigError(f"override {key}: {parent} is a value, not a section")
-    node[leaf] = yaml.safe_load(text) if text else None
+    try:
+        node[leaf] = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        raise ConfigError(f"override {key}: {text!r} is not a valid YAML value; quote it") from None
 
 
 def _explain(error: Any) -> str:
@@ -374,6 +399,8 @@ def _explain(error: Any) -> str:
         return f"{key}: unknown key{_suggestion(location)}"
     if error["type"] == "missing":
         return f"{key}: this key is required"
+    if error["type"] == "model_type":
+        return f"{key or 'the recipe'}: must hold keys and values, not {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
     return f"{key}: {message}" if key else message
 

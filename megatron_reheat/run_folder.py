@@ -1,10 +1,10 @@
 """The run folder: where everything a run writes lies, and how its metrics are read back.
 
-    config.yaml              resolved configuration
-    metrics.jsonl            one object a step: step, stage, round, policy_version, then metrics with slashes
-    metrics.discarded.jsonl  lines that a killed process wrote after its last checkpoint
-    rollouts/step-000123.jsonl
-    checkpoints/  tensorboard/  report/  logs/
+config.yaml              resolved configuration
+metrics.jsonl            one object a step: step, stage, round, policy_version, then metrics with slashes
+metrics.discarded.jsonl  lines that a killed process wrote after its last checkpoint
+rollouts/step-000123.jsonl
+checkpoints/  tensorboard/  report/  logs/
 """
 
 from __future__ import annotations

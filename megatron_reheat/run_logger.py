@@ -69,16 +69,16 @@ class RunLogger:
         if not is_main:
             return
         folder.create(config)
+        if config.logging.wandb_project:  # first: of all parts, the one most likely to refuse
+            self._sinks.append(_WandB(config, folder))
+        if config.logging.tensorboard:
+            self._sinks.append(_TensorBoard(folder, start_step))
         discarded = folder.discard_after(start_step)
         is_new = not folder.metrics.exists() or not folder.metrics.stat().st_size
         self._file = folder.metrics.open("a", encoding="utf-8")
         if config.logging.console:
             total = config.sft.steps + config.run.steps if total_steps is None else total_steps
             self._console = StepConsole(total, config.eval.num_samples, console)
-        if config.logging.tensorboard:
-            self._sinks.append(_TensorBoard(folder, start_step))
-        if config.logging.wandb_project:
-            self._sinks.append(_WandB(config, folder))
         if is_new and config.run.fork_from:
             text = f"forked from {config.run.fork_from} at step {start_step}"
             self._write({"step": start_step, "event": text, "fork_step": start_step})

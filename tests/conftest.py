@@ -1,6 +1,6 @@
 """Conditions that every test runs under: one thread per process, no network, and no CUDA unless `-m gpu` asks for it.
 
-`pytest` gives the same CPU run on every machine; `pytest -m gpu` runs the tests that need a CUDA device and nothing else.
+`pytest` gives the same CPU run on every machine; `pytest -m gpu` runs those that need a CUDA device, nothing else.
 """
 
 from __future__ import annotations

@@ -115,20 +115,30 @@ def _looks(tracks: Sequence[Track]) -> list[_Look]:
 
 
 def _draw_entropy(ax: Axes, tracks: Sequence[Track], looks: Sequence[_Look]) -> None:
-    _draw_lines(ax, tracks, looks, "entropy/mean", "Token entropy of training rollouts", "nats", smooth=False)
-    if not any(track.has("entropy/mean") for track in tracks):
-        return
     thresholds = {
         (float(value), words)
         for track in tracks
         for key, words in (("collapse_below", "collapse below"), ("reheat_to", "reheat to"))
         if (value := track.setting("controller", key)) is not None
     }
+    levels = [value for value, _ in thresholds]
+    title = "Token entropy of training rollouts"
+    _draw_lines(ax, tracks, looks, "entropy/mean", title, "nats", smooth=False, levels=levels)
+    if not any(track.has("entropy/mean") for track in tracks):
+        return
     for value, words in sorted(thresholds):
         ax.axhline(value, color="#333333", linestyle=(0, (4, 3)), linewidth=1.1)
         # On the left, where a run begins with high entropy; the lower threshold is labelled below its line.
-        side = "top" if words == "collapse below" else "bottom"
-        ax.text(0.006, value, f" {words} {value:g}", transform=ax.get_yaxis_transform(), va=side, fontsize=9.5)
+        below = words == "collapse below"
+        ax.annotate(
+            f"{words} {value:g}",
+            (0.008, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, -4 if below else 3),
+            textcoords="offset points",
+            va="top" if below else "bottom",
+            fontsize=9.5,
+        )
 
 
 def _draw_reward(ax: Axes, tracks: Sequence[Track], looks: Sequence[_Look]) -> None:
@@ -178,7 +188,9 @@ def _draw_lines(
     unit: str,
     *,
     smooth: bool = True,
+    levels: Sequence[float] = (),
 ) -> None:
+    """`levels` are values that stay in view whatever the data."""
     if not any(track.has(metric) for track in tracks):
         _say_empty(ax, title, metric)
         return
@@ -190,7 +202,7 @@ def _draw_lines(
     _title(ax, title, unit)
     first, last = visible_steps(tracks)
     shown = [v[(s >= first) & (s <= last)] for s, v in (track.series(metric) for track in tracks)]
-    _scale(ax, np.concatenate([v[np.isfinite(v)] for v in shown]))
+    _scale(ax, np.concatenate([*(v[np.isfinite(v)] for v in shown), np.asarray(levels, dtype=np.float64)]))
 
 
 def _plot_smoothed(
@@ -236,7 +248,7 @@ def _stack_over_steps(ax: Axes, tracks: Sequence[Track], parts: Sequence[tuple[s
     _title(ax, f"Step time{_averaged(window)}", "s")
     total = heights.sum(axis=0)
     top = min(float(total.max()), 1.6 * float(np.quantile(total, 0.95)))  # compilation makes the first step a spike
-    ax.set_ylim(0, 1.45 * top)
+    ax.set_ylim(0, 1.45 * top or 1.0)
     if top < total.max():
         ax.annotate(
             f"peak {total.max():.3g} s", (0.99, 0.70), xycoords="axes fraction", ha="right", fontsize=9, color="#555555"
@@ -249,10 +261,12 @@ def _stack_by_arm(ax: Axes, arms: Sequence[Track], parts: Sequence[tuple[str, st
     left = np.zeros(len(arms))
     for name, colour in parts:
         means = np.array([_mean(track, f"time/{name}_s") for track in arms])
-        ax.barh(range(len(arms)), means, left=left, color=colour, height=0.55)
+        ax.barh(range(len(arms)), means, left=left, color=colour, height=0.42)
         left += means
-    ax.set_yticks(range(len(arms)), [_shorten(track.name, 18) for track in arms])
-    ax.set_ylim(len(arms) - 0.4, -0.6 - 0.3 * len(arms))  # room for the key on top
+    for row, track in enumerate(arms):
+        ax.text(0, row - 0.25, _shorten(track.name, 40), va="bottom", fontsize=9.5)
+    ax.set_yticks([])
+    ax.set_ylim(len(arms) - 0.6, -0.7 - 0.35 * len(arms))  # room for the key on top
     ax.grid(axis="y", visible=False)
     _title(ax, "Mean step time", "")
     ax.set_xlabel("s")

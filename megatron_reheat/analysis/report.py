@@ -87,7 +87,9 @@ def eval_rows(track: Track) -> list[EvalRow]:
         following = next((r for r in staged[i + 1 :] if r["step"] > step), None)
         before = [r for r in (*track.before, *staged[:i]) if "stage" in r and r["step"] < step]
         previous = before[-1] if before else None
-        if following is None or _stage(following) != _stage(record):
+        if following is None and track.is_trunk:
+            border = "fork"
+        elif following is None or _stage(following) != _stage(record):
             border = f"end of {_stage(record)}"
         elif previous is None or _stage(previous) != _stage(record):
             border = f"start of {_stage(record)}"
@@ -145,7 +147,7 @@ def _run_table(tracks: Sequence[Track]) -> str:
         reheats = [span for span in track.spans() if span.stage == "reheat"]
         entropy = _values(track, "entropy/mean")
         accuracy = _values(track, "reward/accuracy")
-        steps = [r["step"] for r in track.records]
+        steps = [r["step"] for r in track.records if "stage" in r] or [track.records[0]["step"]]
         cells.append(
             (
                 track.name,

@@ -313,7 +313,7 @@ def test_a_push_given_up_half_way_leaves_nothing_behind(tied):
     def interrupted():
         for name, tensor in tied.tensors():
             yield name, torch.zeros_like(tensor)
-            if name.endswith("layers.0.self_attn.q_proj.weight"):  # one third of a fused projection
+            if name.endswith("layers.0.self_attn.k_proj.weight"):  # q was announced: part of a fused projection
                 raise KeyError("the trainer failed")
 
     with capacity(tied.engine, 40_000), pytest.raises(KeyError, match="the trainer failed"):

@@ -1,0 +1,90 @@
+"""Packing: nothing lost, nothing twice, weights global, results put back where they belong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_reheat.parallel.packing import make_microbatches
+from megatron_reheat.types import TrainBatch, TrainSequence
+
+
+def _batch(lengths, prompt=2) -> TrainBatch:
+    generator = np.random.default_rng(1)
+    return TrainBatch(
+        tuple(
+            TrainSequence(
+                generator.integers(0, 99, n).astype(np.int32),
+                prompt,
+                advantage=float(i),
+                rollout_logprobs=np.full(n - prompt, -i, np.float32),
+            )
+            for i, n in enumerate(lengths)
+        )
+    )
+
+
+LENGTHS = [9, 3, 14, 5, 5, 30, 4, 11]
+
+
+@pytest.mark.parametrize("data_size", [1, 2, 3, 8, 11])
+@pytest.mark.parametrize("capacity", [30, 47, 1000])
+@pytest.mark.parametrize("alignment", [1, 4])
+def test_every_sequence_is_packed_once_and_ranks_agree_on_the_count(data_size, capacity, alignment):
+    batch = _batch(LENGTHS)
+    shares = [
+        make_microbatches(
+            batch, data_rank=r, data_size=data_size, microbatch_tokens=capacity, alignment=alignment
+        )
+        for r in range(data_size)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    micros = [m for share in shares for m in share]
+    assert sorted(i for m in micros for i in m.sequence_indices) == list(range(len(batch)))
+    assert sum(float(m.loss_weights.sum()) for m in micros) == pytest.approx(1.0)
+    assert sum(int(m.loss_mask.sum()) for m in micros) == batch.num_valid_tokens
+    for m in micros:
+        assert len(m.tokens) % alignment == 0 and int(m.cu_seqlens[-1]) == len(m.tokens)
+        assert sum(len(batch.sequences[i].token_ids) for i in m.sequence_indices) <= capacity
+
+
+def test_positions_targets_and_masks_of_a_sequence():
+    batch = _batch([5, 4])
+    (micro,) = make_microbatches(batch, data_rank=0, data_size=1, microbatch_tokens=99, alignment=4)
+    first = batch.sequences[0]
+    assert micro.sequence_indices == (0, 1)
+    assert micro.tokens[:5].tolist() == first.token_ids.tolist()
+    assert micro.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]
+    assert micro.targets[:4].tolist() == first.token_ids[1:].tolist()
+    assert micro.loss_mask.tolist() == [0, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0, 0]
+    assert micro.cu_seqlens.tolist() == [0, 5, 9, 12]
+    assert micro.advantages[6:8].tolist() == [1.0, 1.0]
+    assert micro.rollout_logprobs[6:8].tolist() == [-1.0, -1.0]
+    assert micro.max_seqlen == 5
+
+
+def test_unpack_returns_response_values_by_sequence():
+    batch = _batch(LENGTHS)
+    micros = make_microbatches(batch, data_rank=0, data_size=1, microbatch_tokens=40, alignment=1)
+    found = {}
+    for micro in micros:
+        found.update(micro.unpack(micro.targets.float()))
+    for i, s in enumerate(batch.sequences):
+        assert found[i].tolist() == s.token_ids[s.num_prompt_tokens :].tolist()
+
+
+def test_a_rank_without_sequences_gets_an_empty_micro_batch():
+    micros = make_microbatches(_batch([6]), data_rank=1, data_size=2, microbatch_tokens=99, alignment=2)
+    assert len(micros) == 1 and micros[0].sequence_indices == ()
+    assert float(micros[0].loss_weights.sum()) == 0 and len(micros[0].tokens) == 2
+    assert micros[0].unpack(torch.zeros(2)) == {}
+
+
+def test_sequence_mean_gives_every_response_the_same_weight():
+    batch = _batch([10, 4])
+    (micro,) = make_microbatches(
+        batch, data_rank=0, data_size=1, microbatch_tokens=99, alignment=1, aggregation="sequence_mean"
+    )
+    assert micro.loss_weights[:10].sum().item() == pytest.approx(0.5)
+    assert micro.loss_weights[10:].sum().item() == pytest.approx(0.5)
