@@ -12,6 +12,7 @@ from megatron_reheat.config import Config
 from megatron_reheat.data.prompts import PromptCursor
 from megatron_reheat.losses.advantage import group_advantages, overlong_penalty
 from megatron_reheat.losses.policy import policy_loss
+from megatron_reheat.model.engine import UpdateResult
 from megatron_reheat.rollout.weight_sync import check_mismatch, mismatch
 from megatron_reheat.stages.clock import Clock
 from megatron_reheat.stages.outcome import StepOutcome, derive_seed, sequence_of
@@ -45,6 +46,9 @@ class RLVRStage:
         batch = make_train_batch(collected.groups, config)
         with clock.phase("score"):
             scores = self._policy.engine.score(batch, temperature=sampling_temperature)
+        if not np.isfinite(scores.mean_entropy):
+            metrics = {**collected.metrics, **clock.metrics()}
+            return StepOutcome(metrics, collected.groups, entropy=None, applied=False, finite=False)
         batch = batch.with_old_logprobs(scores.logprobs)
         disagreement = mismatch(
             np.concatenate([s.rollout_logprobs for s in batch.sequences]), np.concatenate(scores.logprobs)
@@ -68,7 +72,7 @@ class RLVRStage:
         metrics["throughput/tokens_per_s"] = batch.num_tokens / metrics["time/step_s"]
         return StepOutcome(metrics, collected.groups, scores.mean_entropy, applied, all(u.finite for u in updates))
 
-    def _update(self, batch: TrainBatch, stage_step: int, sampling_temperature: float) -> list:
+    def _update(self, batch: TrainBatch, stage_step: int, sampling_temperature: float) -> list[UpdateResult]:
         rl, optimizer = self._config.rl, self._config.optimizer
         loss = partial(
             policy_loss,
