@@ -317,8 +317,7 @@ def _cross_field_problems(c: Config) -> Iterator[str]:
         yield "sft.steps needs data.solution_template, the worked answer to imitate (e.g. '{answer}')"
     if c.parallel.sequence_parallel and c.parallel.tensor == 1:
         yield "parallel.sequence_parallel needs parallel.tensor > 1; set it to false or raise parallel.tensor"
-    if c.reward.kind == "reasoning_gym" and c.data.source != "reasoning_gym":
-        yield f"reward.kind reasoning_gym needs data.source reasoning_gym, not {c.data.source}; use reward.kind=math"
+
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

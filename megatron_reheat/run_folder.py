@@ -67,12 +67,25 @@ class RunFolder:
         Raises:
             ReheatError: the folder cannot be written.
         """
+        self.make_folders()
+        try:
+            self._write_config(dump_config(config))
+        except OSError as error:
+            raise self._not_writable(error) from None
+
+    def make_folders(self) -> None:
+        """
+        Raises:
+            ReheatError: the folder cannot be written.
+        """
         try:
             for folder in (self.path / "rollouts", self.checkpoints, self.report, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
-            self._write_config(dump_config(config))
         except OSError as error:
-            raise ReheatError(f"cannot write run folder {self.path}: {error.strerror}; change run.folder") from None
+            raise self._not_writable(error) from None
+
+    def _not_writable(self, error: OSError) -> ReheatError:
+        return ReheatError(f"cannot write run folder {self.path}: {error.strerror}; change run.folder")
 
     def _write_config(self, text: str) -> None:
         if self.config.exists():

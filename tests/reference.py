@@ -45,10 +45,8 @@ def dense_kl(logits: Tensor, temperature: float, direction: str, weights: Tensor
     z = logits.detach().double().requires_grad_()
     log_q = z.log_softmax(-1)
     log_p = (z.detach() / temperature).log_softmax(-1)
-    if direction == "forward":
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    else:
-        kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+    first, second = (log_p, log_q) if direction == "forward" else (log_q, log_p)
+    kl = (first.exp() * (first - second)).sum(-1)
     (kl * weights.double()).sum().backward()
     entropy, teacher_entropy = (-(lp.exp() * lp).sum(-1).detach() for lp in (log_q, log_p))
     return DenseKL(kl.detach(), entropy, teacher_entropy, z.grad)

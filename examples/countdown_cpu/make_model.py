@@ -1,6 +1,6 @@
 """Makes the demo's policy: a Qwen3-architecture model of 0.3M parameters with random weights, and its character tokenizer.
 
-    python examples/countdown_cpu/make_model.py OUT_FOLDER [--seed 0]
+python examples/countdown_cpu/make_model.py OUT_FOLDER [--seed 0]
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class PromptCursor:
         """
         changed = [key for key, value in self._identity.items() if state[key] != value]
         if changed:
-            keys = {"seed": "data.seed", "shuffle": "data.shuffle", "fingerprint": "the prompts themselves"}
+            keys = {"seed": "run.seed", "shuffle": "data.shuffle", "fingerprint": "the prompts themselves"}
             raise ConfigError(
                 f"the checkpoint's place in the data does not fit this run: {', '.join(keys[key] for key in changed)} "
                 "changed; restore the data section it was written with, or start a new run"
@@ -133,8 +133,6 @@ def load_prompts(
     Raises:
         ConfigError: naming the key, and the record or `file:line`, at fault; also when no prompt is left.
     """
-    if reward_kind == "reasoning_gym" and config.source != "reasoning_gym":
-        raise ConfigError(f"reward.kind reasoning_gym needs data.source reasoning_gym, not {config.source}")
     if config.template == "chat" and not tokenizer.chat_template:
         raise ConfigError("data.template chat: the tokenizer has no chat template; use data.template=raw")
     records = list(read_records(config, seed_offset))
@@ -192,10 +190,11 @@ def _render_prompt(config: DataConfig, tokenizer: PreTrainedTokenizerBase, recor
     return text
 
 
-def _fields(record: Record, config: DataConfig) -> dict[str, Any]:
-    """What a template may name: the record's keys and, for reasoning-gym, those of its metadata."""
-    metadata = record.get("metadata") if config.source == "reasoning_gym" else None
-    return {key: _plain(value) for key, value in ((metadata or {}) | record).items() if key != "metadata"}
+def _fields(record: Record) -> dict[str, Any]:
+    """What a template may name: the record's keys and, where it has reasoning-gym's form, those of its metadata."""
+    metadata = record.get("metadata")
+    fields = {**metadata, **record} if isinstance(metadata, dict) else record
+    return {key: _plain(value) for key, value in fields.items() if key != "metadata"}
 
 
 def _plain(value: Any) -> Any:
@@ -205,7 +204,7 @@ def _plain(value: Any) -> Any:
 def _fill(key: str, template: str | None, record: Record, index: int, config: DataConfig) -> Any:
     if template is None:
         return None
-    fields = _fields(record, config)
+    fields = _fields(record)
     try:
         return template.format(**fields)
     except KeyError as error:
@@ -229,7 +228,15 @@ def _required(config: DataConfig, key: str, record: Record, index: int) -> Any:
 
 def _verifier(config: DataConfig, reward_kind: RewardKind, record: Record, index: int) -> dict[str, Any]:
     if reward_kind == "reasoning_gym":
-        return {"task": config.name, "entry": record}
+        metadata = record.get("metadata")
+        named = metadata.get("source_dataset") if isinstance(metadata, dict) else None
+        task = config.name if config.source == "reasoning_gym" else named
+        if not task:
+            raise ConfigError(
+                f"reward.kind reasoning_gym: record {index} has no metadata.source_dataset, the task that can score it; "
+                "use entries made by reasoning-gym, or reward.kind=math"
+            )
+        return {"task": task, "entry": record}
     return {"answer": str(_required(config, "answer_key", record, index))}
 
 

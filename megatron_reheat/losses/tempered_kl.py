@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_reheat.parallel.vocab import (
@@ -66,7 +67,7 @@ def vocab_entropy(
     logits: Tensor, *, vocab_size: int | None = None, group: Any = None, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
 ) -> Tensor:
     """Entropy [...] in nats at temperature 1, float32; carries gradient. Arguments as for `tempered_kl`."""
-    targets = logits.new_zeros(logits.shape[:-1], dtype=int)
+    targets = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
     return _vocab(logits, vocab_size, group, chunk_tokens).logprobs(targets).entropy
 
 

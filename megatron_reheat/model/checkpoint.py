@@ -70,7 +70,20 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> dict[str, Any]:
     with torch.no_grad():  # Megatron copies float32 parameters in place into leaves that require grad
         engine.optimizer.load_state_dict(loaded["optimizer"])
     _unshare_steps(engine)
-    return json.loads((checkpoint / _STATE).read_text())
+    return read_state(checkpoint)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The stages' state of a checkpoint, without its tensors.
+
+    Raises:
+        ReheatError: it cannot be read.
+    """
+    path = checkpoint / _STATE
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise ReheatError(f"{path} is missing or damaged; use an earlier checkpoint") from None
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_reheat.errors import ConfigError
@@ -83,21 +83,26 @@ class HFReader:
     """Random access to the tensors of a Hugging Face folder, sharded or not, read lazily.
 
     Raises:
-        ConfigError: the folder holds no safetensors.
+        ConfigError: the folder holds no safetensors, or a file of them is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._open: dict[str, Any] = {}
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            try:
+                self._files: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError(f"model.hf_path: {index} is damaged; copy or download the model again") from None
         elif (folder / "model.safetensors").is_file():
-            with safe_open(folder / "model.safetensors", "pt") as file:
-                files = dict.fromkeys(file.keys(), "model.safetensors")
+            self._files = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
         else:
-            raise ConfigError(f"{folder} has no model.safetensors or index; save the model as safetensors first")
-        self._files = files
-        self._open: dict[str, Any] = {}
+            raise ConfigError(
+                f"model.hf_path: {folder} has no model.safetensors and no index of shards; save the model as safetensors"
+            )
+        for file in sorted(set(self._files.values())):
+            self._file(file)
 
     def names(self) -> set[str]:
         return set(self._files)
@@ -109,11 +114,44 @@ class HFReader:
             ConfigError: the folder lacks it.
         """
         if name not in self._files:
-            raise ConfigError(f"{self.folder} lacks the tensor {name}, which its config.json calls for")
-        file = self._files[name]
-        if file not in self._open:
-            self._open[file] = safe_open(self.folder / file, "pt")
-        return self._open[file].get_tensor(name)
+            raise ConfigError(
+                f"model.hf_path: {self.folder} lacks the tensor {name}, which its config.json calls for; "
+                "save model and config.json together"
+            )
+        return self._file(self._files[name]).get_tensor(name)
+
+    def _file(self, name: str) -> Any:
+        """An open file; opening reads its header only."""
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(self.folder / name, "pt")
+            except (OSError, SafetensorError) as error:
+                raise ConfigError(
+                    f"model.hf_path: {self.folder / name} cannot be read ({error}); copy or download the model again"
+                ) from None
+        return self._open[name]
+
+
+def check_weights(hf: Any, reader: HFReader) -> None:
+    """Refuses a folder that lacks tensors of the architecture in its configuration, by name.
+
+    Raises:
+        ConfigError: naming the first few.
+    """
+    names = {n for _, hf_names in _OUTER.values() for n in hf_names}
+    if hf.tie_word_embeddings:
+        names.remove("lm_head.weight")
+    of_layer = {n for _, hf_names in _LAYER.values() for n in hf_names}
+    if hf.model_type != "qwen3":
+        of_layer -= {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
+    names |= {f"model.layers.{i}.{n}" for i in range(hf.num_hidden_layers) for n in of_layer}
+    missing = sorted(names - reader.names())
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ConfigError(
+            f"model.hf_path: {reader.folder} lacks tensors its config.json calls for: {', '.join(missing[:3])}{more}; "
+            "save model and config.json together"
+        )
 
 
 def plan_parameters(model: GPTModel) -> list[ParameterPlan]:

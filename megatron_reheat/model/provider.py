@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def resolve_hf_folder(config: ModelConfig) -> Path:
     if (folder / "config.json").is_file():
         return folder
     if folder.exists() or config.hf_path.startswith((".", "/", "~")) or config.hf_path.count("/") > 1:
-        raise ConfigError(f"model.hf_path: {folder} has no config.json; point it at a Hugging Face model folder")
+        lacks = "has no config.json" if folder.exists() else "does not exist"
+        raise ConfigError(f"model.hf_path: {folder} {lacks}; point it at a Hugging Face model folder")
     from huggingface_hub import snapshot_download
 
     try:
@@ -37,7 +39,7 @@ def resolve_hf_folder(config: ModelConfig) -> Path:
     except Exception as error:  # the hub client raises many kinds; all mean that the model is not to be had
         raise ConfigError(
             f"model.hf_path: {config.hf_path} is neither a local folder nor a hub model that can be downloaded "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         ) from None
 
 
@@ -49,10 +51,18 @@ def read_hf_config(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    hf = AutoConfig.from_pretrained(folder)
+    try:
+        model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"model.hf_path: {folder / 'config.json'} is not a JSON object with a model_type") from None
+    if model_type not in FAMILIES:
+        raise ConfigError(f"{folder}: model_type {model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
+    try:
+        hf = AutoConfig.from_pretrained(folder)
+    except (OSError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model.hf_path: {folder / 'config.json'} is not a valid configuration ({reason})") from None
     problems = []
-    if hf.model_type not in FAMILIES:
-        raise ConfigError(f"{folder}: model_type {hf.model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
     if hf.hidden_act != "silu":
         problems.append(f"hidden_act {hf.hidden_act!r} (silu is)")
     if getattr(hf, "attention_bias", False) or getattr(hf, "mlp_bias", False):
@@ -63,7 +73,9 @@ def read_hf_config(folder: Path) -> Any:
     if rope["rope_type"] not in ("default", "llama3"):
         problems.append(f"rope_type {rope['rope_type']!r} (default and llama3 are)")
     elif rope["rope_type"] == "llama3" and (
-        rope["low_freq_factor"] != 1 or rope["high_freq_factor"] != 4 or rope["original_max_position_embeddings"] != 8192
+        rope["low_freq_factor"] != 1
+        or rope["high_freq_factor"] != 4
+        or rope["original_max_position_embeddings"] != 8192
     ):
         problems.append("llama3 rope with other constants than low 1, high 4, original length 8192")
     if problems:

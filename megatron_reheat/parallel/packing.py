@@ -69,9 +69,7 @@ def make_microbatches(
     Every rank computes the same plan, so all get the same number of micro-batches without communicating; ranks that run
     short get micro-batches without a sequence. The loss does not depend on the plan: weights are global.
     """
-    plans = [
-        _fill_bins(share, batch, microbatch_tokens) for share in _balance(range(len(batch)), batch, data_size)
-    ]
+    plans = [_fill_bins(share, batch, microbatch_tokens) for share in _balance(range(len(batch)), batch, data_size)]
     num_microbatches = max(len(plan) for plan in plans)
     mine = plans[data_rank] + [[] for _ in range(num_microbatches - len(plans[data_rank]))]
     weight = _token_weight(batch, aggregation)

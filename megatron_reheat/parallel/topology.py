@@ -117,7 +117,9 @@ def initialize(config: Config, *, timeout_s: float = 3600.0) -> Topology:
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
+        alone: dict[str, Any] = (
+            {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
+        )
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **alone)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,

@@ -7,25 +7,24 @@ without waiting: what goes wrong in one is raised by the next operation of that 
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 import time
 import traceback
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from megatron_reheat.processes import die_with_parent
+
 if TYPE_CHECKING:
     from megatron_reheat.rollout.sampler import Sampler
 
-PR_SET_PDEATHSIG = 1
 EXIT_UNREPAIRABLE = 3
 
 
 def main() -> int:
     socket_fd, parent_pid, cores = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-    _die_with_parent(parent_pid)
+    die_with_parent(parent_pid, "trainer")
     if cores:
         # before the first import that counts cores and makes threads
         os.sched_setaffinity(0, [int(core) for core in cores[0].split(",")])
@@ -86,12 +85,6 @@ def _portable(error: Exception) -> Exception:
         return error
     traceback.print_exception(error)
     return ReheatError(f"vLLM raised {type(error).__name__}: {error}")
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        sys.exit("the trainer ended before its engine started")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,9 @@ class Policy:
             )
         ]
 
-    def _grade(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[list[Reward]]]:
+    def _grade(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
+    ) -> list[list[list[Reward]]]:
         """Per replica, per prompt of it, the rewards of its completions; each leader grades its own share."""
         rewards: list[list[Reward]] = []
         error = None

@@ -42,9 +42,7 @@ class ReheatStage:
         clock, config, reheat = Clock(), self._config, self._config.reheat
         params = SamplingParams(SAMPLING_TEMPERATURE, reheat.max_tokens, stop_token_ids=self._stop_token_ids)
         prompts = self._cursor.next(reheat.prompts_per_step)
-        groups = self._policy.sample(
-            prompts, reheat.group_size, params, derive_seed(config.run.seed, step), clock
-        )
+        groups = self._policy.sample(prompts, reheat.group_size, params, derive_seed(config.run.seed, step), clock)
         batch = TrainBatch(tuple(sequence_of(g.prompt, c) for g in groups for c in g.completions))
         verdict = Verdict.CONTINUE
 

@@ -109,7 +109,9 @@ class RLVRStage:
         seen: list[Group] = []
         kept: list[Group] = []
         batches = 0
-        while len(kept) < rl.prompts_per_step and (batches < rl.max_generation_batches or not rl.max_generation_batches):
+        while len(kept) < rl.prompts_per_step and (
+            batches < rl.max_generation_batches or not rl.max_generation_batches
+        ):
             seed = derive_seed(self._config.run.seed, step, batches)
             groups = self._policy.sample(self._cursor.next(rl.prompts_per_step), rl.group_size, params, seed, clock)
             seen += groups

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
 from megatron_reheat.config import Config
-from megatron_reheat.data.prompts import PromptCursor, PromptDataset, check_vocabulary, load_prompts
-from megatron_reheat.errors import ConfigError, NonFiniteLossError
+from megatron_reheat.errors import NonFiniteLossError
 from megatron_reheat.model.checkpoint import (
     install_optimizer_fixes,
     latest_checkpoint,
@@ -19,7 +15,6 @@ from megatron_reheat.model.checkpoint import (
     save_checkpoint,
 )
 from megatron_reheat.model.engine import Engine
-from megatron_reheat.model.provider import check_layout, read_hf_config, resolve_hf_folder
 from megatron_reheat.parallel import topology as parallel_topology
 from megatron_reheat.parallel.topology import Topology
 from megatron_reheat.rewards.pool import VerifierPool
@@ -28,6 +23,7 @@ from megatron_reheat.run_folder import RunFolder
 from megatron_reheat.run_logger import RunLogger, StepRecord
 from megatron_reheat.stages.controller import Controller, ControllerState, Verdict
 from megatron_reheat.stages.evaluate import evaluate
+from megatron_reheat.stages.inputs import Inputs, read_inputs
 from megatron_reheat.stages.outcome import StepOutcome
 from megatron_reheat.stages.policy import Policy
 from megatron_reheat.stages.reheat import ReheatStage
@@ -47,18 +43,6 @@ class RunState:
     sft_cursor: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Everything that is read and checked before a model is built."""
-
-    hf_folder: Path
-    tokenizer: PreTrainedTokenizerBase
-    prompts: PromptDataset
-    eval_prompts: PromptDataset | None
-    stop_token_ids: tuple[int, ...]
-    max_model_len: int
-
-
 def train(config: Config) -> None:
     """Runs `config` to its end, from its own latest checkpoint, another run's (`run.fork_from`) or the start.
 
@@ -73,53 +57,6 @@ def train(config: Config) -> None:
     parallel_topology.finalize()
 
 
-def read_inputs(config: Config) -> Inputs:
-    """Model configuration, tokenizer and data, each checked against the others.
-
-    Raises:
-        ConfigError: naming the key to change.
-    """
-    hf_folder = resolve_hf_folder(config.model)
-    hf = read_hf_config(hf_folder)
-    check_layout(hf, config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(hf_folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.hf_path: no usable tokenizer in {hf_folder} ({error})") from None
-    check_vocabulary(tokenizer, hf.vocab_size)
-    prompts = load_prompts(config.data, tokenizer, reward_kind=config.reward.kind)
-    eval_prompts = None
-    if config.eval.data is not None:
-        held_out = load_prompts(config.eval.data, tokenizer, reward_kind=config.reward.kind)
-        eval_prompts = held_out.without(prompts)
-    max_model_len = _context_length(config, hf.max_position_embeddings)
-    stops = {tokenizer.eos_token_id, *_as_list(hf.eos_token_id)} - {None}
-    if not stops:
-        raise ConfigError(f"{hf_folder}: neither tokenizer nor config.json names an eos token, so no response could end")
-    return Inputs(hf_folder, tokenizer, prompts, eval_prompts, tuple(sorted(stops)), max_model_len)
-
-
-def _context_length(config: Config, model_limit: int) -> int:
-    responses = {
-        "rollout.max_tokens": config.rollout.max_tokens,
-        "reheat.max_tokens": config.reheat.max_tokens if config.controller.action == "reheat" else 0,
-        "eval.max_tokens": config.eval.max_tokens if config.eval.data else 0,
-    }
-    key, longest = max(responses.items(), key=lambda item: item[1])
-    needed = config.data.max_prompt_tokens + longest
-    limit = min(config.rollout.max_model_len or model_limit, model_limit)
-    if needed > limit:
-        raise ConfigError(
-            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + {key} {longest} = {needed} exceeds the context of "
-            f"{limit} tokens; lower one of them"
-        )
-    return config.rollout.max_model_len or needed
-
-
-def _as_list(value: int | list[int] | None) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
 class _Helpers:
     """The replica leader's vLLM engine and verifiers; None on other ranks. Closed on the way out, whatever happens.
 
@@ -132,7 +69,7 @@ class _Helpers:
         if not topology.is_replica_leader:
             return
         folder = RunFolder(config.run.path)
-        folder.logs.mkdir(parents=True, exist_ok=True)
+        folder.make_folders()
         replica_size = topology.tensor_size * topology.pipeline_size
         self.sampler = EmbeddedEngine(
             str(inputs.hf_folder),
@@ -171,8 +108,7 @@ class Run:
         self.folder = RunFolder(config.run.path)
         self.engine = Engine(config, inputs.hf_folder, topology)
         self.policy = Policy(self.engine, topology, sampler, verifiers, self._decode)
-        self.cursor = PromptCursor(inputs.prompts, seed=config.run.seed, shuffle=config.data.shuffle)
-        self.sft_cursor = PromptCursor(inputs.prompts, seed=config.run.seed + 1, shuffle=config.data.shuffle)
+        self.cursor, self.sft_cursor = inputs.cursors(config)
         self.controller = Controller(config.controller)
         self.state = RunState()
         self._sampler = sampler
@@ -191,7 +127,9 @@ class Run:
         ) as self.logger:
             self._announce_start(source)
             if self.state.step >= total:
-                self.logger.log_event(f"nothing to do: {self.state.step} of {total} steps are done (run.steps)", "yellow")
+                self.logger.log_event(
+                    f"nothing to do: {self.state.step} of {total} steps are done (run.steps)", "yellow"
+                )
                 return
             if forked and (text := self._follow(self.controller.judge_rl())):
                 self.logger.log_event(text)
@@ -273,11 +211,7 @@ class Run:
 
     def _restore(self) -> tuple[str, bool]:
         """Loads the newest state there is; returns where it came from and whether that was another run."""
-        own = latest_checkpoint(self.folder.checkpoints)
-        fork = self.config.run.fork_from
-        source = own or (latest_checkpoint(RunFolder(Path(fork)).checkpoints) if fork else None)
-        if fork and source is None:
-            raise ConfigError(f"run.fork_from: {fork} has no complete checkpoint under checkpoints/")
+        source, forked = self.inputs.source, self.inputs.forked
         if source is not None:
             self.state = RunState(**load_checkpoint(self.engine, source))
             self.controller.state = ControllerState(**self.state.controller)
@@ -285,8 +219,7 @@ class Run:
                 self.cursor.load_state(self.state.cursor)
             if self.state.sft_cursor is not None:
                 self.sft_cursor.load_state(self.state.sft_cursor)
-            self._saved_step = self.state.step if own else -1
-        forked = source is not None and own is None
+            self._saved_step = -1 if forked else self.state.step
         if forked:
             self.controller.state.stopped = False
         report = self.policy.publish(self.state.policy_version)
@@ -316,7 +249,9 @@ class Run:
         stops = inputs.stop_token_ids
         self.rlvr = RLVRStage(config, self.policy, self.cursor, stops)
         self.reheat = ReheatStage(config, self.policy, self.cursor, stops, self.controller)
-        self.sft = SFTStage(config.sft, self.engine, self.sft_cursor, self._encode_solution, config.optimizer.weight_decay)
+        self.sft = SFTStage(
+            config.sft, self.engine, self.sft_cursor, self._encode_solution, config.optimizer.weight_decay
+        )
 
     def _encode_solution(self, solution: str) -> list[int]:
         tokenizer = self.inputs.tokenizer
@@ -332,9 +267,7 @@ class Run:
         result = evaluate(self.policy, self.inputs.eval_prompts, self.config.eval, self.inputs.stop_token_ids)
         return {**result, "time/eval_s": time.perf_counter() - started}
 
-    def _log(
-        self, step: int, stage: Any, metrics: dict[str, float], round_: int = 0, event: str | None = None
-    ) -> None:
+    def _log(self, step: int, stage: Any, metrics: dict[str, float], round_: int = 0, event: str | None = None) -> None:
         if metrics:
             metrics["rollout/engine_restarts"] = float(self.policy.engine_restarts)
             self.logger.log_step(StepRecord(step, stage, round_, self.policy.version, metrics, event))

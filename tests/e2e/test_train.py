@@ -33,7 +33,7 @@ def whole(root):
 
 
 def test_every_stage_runs_and_is_on_record(whole):
-    _, folder, result = whole
+    _, folder, _ = whole
     steps = runs.steps_of(folder)
     trained = [s for s in steps if s["stage"] != "sft"]
     assert [s["step"] for s in trained] == list(range(7, 14))
@@ -167,7 +167,7 @@ def test_an_engine_that_may_not_be_restarted_ends_the_run_with_one_error(whole):
 def test_a_loss_that_stays_non_finite_ends_the_run_and_keeps_the_checkpoint(whole):
     config, folder, _ = whole
     result = runs.reheat(
-        "train", str(config), "run.name=nan", "sft.lr=1e38", "sft.warmup_steps=0", "sft.steps=12", "eval.data=",
+        "train", str(config), "run.name=nan", "sft.lr=1e30", "sft.warmup_steps=0", "sft.steps=12", "eval.data=",
         "optimizer.max_skipped_steps=2", "parallel.data=1", "checkpoint.keep=9",
     )  # fmt: skip
     assert result.returncode == 1
@@ -186,6 +186,8 @@ def _wait_for(condition, process, timeout_s: float = 180.0) -> None:
 
 
 def _kill_one_engine(process) -> None:
-    engines = [p for p in psutil.Process(process.pid).children(recursive=True) if "rollout.worker" in " ".join(p.cmdline())]
+    engines = [
+        p for p in psutil.Process(process.pid).children(recursive=True) if "rollout.worker" in " ".join(p.cmdline())
+    ]
     assert engines
     os.kill(engines[0].pid, signal.SIGKILL)

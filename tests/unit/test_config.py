@@ -261,10 +261,6 @@ def test_bad_overrides_are_refused(tmp_path: Path, override: str, message: str) 
         (recipe(rl={"overlong_buffer": 4097}), ["rl.overlong_buffer 4097 exceeds rollout.max_tokens 4096"]),
         (recipe(sft={"steps": 1}), ["sft.steps needs data.solution_template"]),
         (recipe(parallel={"sequence_parallel": True}), ["parallel.sequence_parallel needs parallel.tensor > 1"]),
-        (
-            recipe(reward={"kind": "reasoning_gym"}),
-            ["reward.kind reasoning_gym needs data.source reasoning_gym, not jsonl"],
-        ),
     ],
 )
 def test_fields_that_disagree_are_named(tree: dict[str, Any], keys: list[str]) -> None:

@@ -112,8 +112,17 @@ def test_jsonl_with_math_verifier(tokenizer: PreTrainedTokenizerFast, tmp_path: 
     assert [prompt.text for prompt in dataset] == ["Q: 0+1?", "Q: 1+1?", "Q: 2+1?"]
     assert [prompt.verifier for prompt in dataset] == [{"answer": "1"}, {"answer": "2"}, {"answer": "3"}]
     assert dataset[0].solution is None
-    with pytest.raises(ConfigError, match=r"reward\.kind reasoning_gym needs data\.source reasoning_gym"):
+    with pytest.raises(ConfigError, match=r"record 0 has no metadata\.source_dataset"):
         load_prompts(DataConfig(path=path), tokenizer, reward_kind="reasoning_gym")
+
+
+def test_saved_reasoning_gym_entries_keep_their_task(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    entry = {"question": "?", "answer": "1+2", "metadata": {"source_dataset": "countdown", "numbers": [1, 2], "target": 3}}
+    path = write_jsonl(tmp_path / "a.jsonl", [entry])
+    config = DataConfig(path=path, raw_template="{target}|{numbers}=", solution_template="{answer}")
+    (prompt,) = load_prompts(config, tokenizer, reward_kind="reasoning_gym")
+    assert prompt.text == "3|1,2=" and prompt.solution == "1+2"
+    assert prompt.verifier == {"task": "countdown", "entry": entry}
 
 
 @pytest.mark.parametrize(

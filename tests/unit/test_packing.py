@@ -34,9 +34,7 @@ LENGTHS = [9, 3, 14, 5, 5, 30, 4, 11]
 def test_every_sequence_is_packed_once_and_ranks_agree_on_the_count(data_size, capacity, alignment):
     batch = _batch(LENGTHS)
     shares = [
-        make_microbatches(
-            batch, data_rank=r, data_size=data_size, microbatch_tokens=capacity, alignment=alignment
-        )
+        make_microbatches(batch, data_rank=r, data_size=data_size, microbatch_tokens=capacity, alignment=alignment)
         for r in range(data_size)
     ]
     assert len({len(share) for share in shares}) == 1

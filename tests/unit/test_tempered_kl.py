@@ -71,7 +71,9 @@ def test_double_precision_gradcheck(direction):
     (gradient,) = torch.autograd.grad(at_detached_teacher(logits).sum(), logits)
     assert relative_error(gradient, expected.gradient) < 1e-12
     assert torch.autograd.gradcheck(lambda z: vocab_entropy(z), (logits,))
-    assert torch.autograd.gradcheck(lambda z: vocab_logprobs(z, torch.tensor([0, 5, 10]), temperature=0.7)[0], (logits,))
+    assert torch.autograd.gradcheck(
+        lambda z: vocab_logprobs(z, torch.tensor([0, 5, 10]), temperature=0.7)[0], (logits,)
+    )
 
 
 def test_reverse_kl_gradient_is_the_scaled_entropy_gradient():
