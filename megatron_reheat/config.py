@@ -319,7 +319,6 @@ def _cross_field_problems(c: Config) -> Iterator[str]:
         yield "parallel.sequence_parallel needs parallel.tensor > 1; set it to false or raise parallel.tensor"
 
 
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a recipe, applies `key=value` overrides and validates.
 

@@ -1,6 +1,6 @@
 """Makes the demo's problems: countdown with small numbers, as JSONL in the form of reasoning-gym's own entries.
 
-    python examples/countdown_cpu/make_task.py OUT_FOLDER [--numbers 4] [--train 20000] [--eval 256] [--seed 0]
+    python examples/countdown_cpu/make_task.py OUT_FOLDER [--numbers 3] [--train 30000] [--eval 256] [--seed 0]
 
 Writes train.jsonl and eval.jsonl. A problem is a set of numbers and a target; the held-out sets share no (numbers, target)
 pair with the training sets, in whatever order the numbers are given. Each answer is a random one of the right expressions,
@@ -59,8 +59,8 @@ def problem_key(entry: dict[str, Any]) -> tuple[tuple[int, ...], int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--numbers", type=int, default=4)
-    parser.add_argument("--train", type=int, default=20000)
+    parser.add_argument("--numbers", type=int, default=3)
+    parser.add_argument("--train", type=int, default=30000)
     parser.add_argument("--eval", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

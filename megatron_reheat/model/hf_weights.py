@@ -228,17 +228,22 @@ def _to_hf(
         case "full":
             tensors = [shards[0]]
         case "columns":
-            tensors = [torch.cat(list(shards), dim=1)]
+            tensors = [_joined(shards, dim=1)]
         case "gate_up":
             halves = [shard.chunk(2) for shard in shards]
-            tensors = [torch.cat([h[i] for h in halves]) for i in range(2)]
+            tensors = [_joined([h[i] for h in halves]) for i in range(2)]
         case "qkv":
             dim, per_group = attention.head_dim, attention.num_heads // attention.num_groups
-            grouped = torch.cat(list(shards)).unflatten(0, (attention.num_groups, -1))
+            grouped = _joined(shards).unflatten(0, (attention.num_groups, -1))
             tensors = [t.flatten(0, 1) for t in grouped.split([per_group * dim, dim, dim], dim=1)]
         case "rows":
-            tensors = [torch.cat(list(shards))[:vocab_size]]
+            tensors = [_joined(shards)[:vocab_size]]
     return zip(plan.hf_names, tensors, strict=True)
+
+
+def _joined(shards: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Concatenated; a single shard as it is, without a copy."""
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dim)
 
 
 class HFExporter:
@@ -267,6 +272,12 @@ class HFExporter:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         topology = self._topology
         for stage, bucket in self._buckets:
+            if topology.is_replica_leader and stage == 0 and topology.tensor_size == 1:
+                # all of it is here: nothing to gather, and no copy to make
+                for plan in bucket:
+                    whole = self._parameters[plan.name].detach()
+                    yield from _to_hf(plan, [whole], self._attention, self._vocab_size)
+                continue
             shards = self._collect(stage, bucket)
             if not topology.is_replica_leader:
                 continue

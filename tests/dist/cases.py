@@ -233,6 +233,57 @@ def non_finite_updates(folder: Path, **layout: Any) -> dict[str, Any]:
         }
 
 
+def sampler_agreement(folder: Path, log_folder: Path, **layout: Any) -> list[dict[str, Any]]:
+    """Greedy vLLM samples after each of two weight syncs, against the trainer's own argmax and log-probabilities."""
+    from megatron_reheat.losses.reheat import sft_loss
+    from megatron_reheat.rollout.embedded import EmbeddedEngine
+    from megatron_reheat.rollout.weight_sync import WeightSync
+    from megatron_reheat.types import SamplingParams, TrainBatch, TrainSequence
+
+    with running_engine(folder, **layout) as engine:
+        leader = engine.topology.is_replica_leader
+        config = engine.config.rollout.model_copy(
+            update={"max_model_len": 64, "enforce_eager": True, "kv_cache_mb": 32, "threads": 1}
+        )
+        log_file = log_folder / f"vllm-{engine.topology.rank}.log"
+        sampler = EmbeddedEngine(str(folder), config, dtype="float32", log_file=log_file) if leader else None
+        sync = WeightSync(sampler, config)
+        prompts = [list(range(2 + i, 8 + 2 * i)) for i in range(5)]
+        results = []
+        for version in (1, 2):
+            engine.update(random_batch(seed=version), sft_loss, lr=1e-2, weight_decay=0.0)
+            sync.push(engine.iter_hf_weights(), version)
+            greedy = sampler.generate(prompts, SamplingParams(0.0, 12), 1, seed=0) if sampler else None
+            groups = engine.topology.share_from_leaders(greedy)[0]
+            completions = [g[0] for g in groups]
+            batch = TrainBatch(
+                tuple(
+                    TrainSequence(np.concatenate([np.asarray(p, np.int32), c.token_ids]), len(p))
+                    for p, c in zip(prompts, completions, strict=True)
+                )
+            )
+            scores = engine.score(batch, temperature=1.0)
+            argmax_equal = [
+                torch.equal(logits[len(prompts[i]) - 1 : -1].argmax(-1).int(), torch.from_numpy(completions[i].token_ids))
+                for i, logits in _all_logits(engine, batch).items()
+            ]
+            gap = max(
+                float(np.abs(c.rollout_logprobs - s).max())
+                for c, s in zip(completions, scores.logprobs, strict=True)
+            )
+            results.append(
+                {
+                    "argmax_equal": argmax_equal,
+                    "logprob_gap": gap,
+                    "versions": {c.policy_version for c in completions},
+                    "tokens": [c.token_ids.tolist() for c in completions],
+                }
+            )
+        if sampler is not None:
+            sampler.close()
+        return results
+
+
 # -- shared pieces -------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,12 @@ def write_recipe(tree: dict[str, Any], path: Path) -> Path:
 
 def reheat(*arguments: str, timeout_s: float = 240.0, **environment: str) -> subprocess.CompletedProcess[str]:
     """`reheat ARGUMENTS` in a process group of its own, which is ended on timeout."""
-    process = start(*arguments, **environment)
+    return _finish(start(*arguments, **environment), arguments, timeout_s)
+
+
+def _finish(
+    process: subprocess.Popen[str], arguments: Sequence[str], timeout_s: float
+) -> subprocess.CompletedProcess[str]:
     try:
         output, errors = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -82,9 +88,19 @@ def reheat(*arguments: str, timeout_s: float = 240.0, **environment: str) -> sub
     return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
 
 
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc_per_node 2 -m megatron_reheat ARGUMENTS`"""
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "megatron_reheat")
+    return _finish(_start(*launcher, *arguments), arguments, 240.0)
+
+
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return _start("megatron_reheat", *arguments, **environment)
+
+
+def _start(module: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron_reheat", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,

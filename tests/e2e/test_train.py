@@ -102,14 +102,20 @@ def test_killed_in_the_middle_of_reheating_it_resumes_bit_exactly(whole):
     assert [runs.numbers_of(s) for s in actual] == [runs.numbers_of(s) for s in expected]
 
 
-def test_arms_fork_from_a_collapsed_trunk(whole):
+@pytest.fixture(scope="module")
+def trunk(whole):
+    """The same run, told to stop at its collapse."""
     config, folder, _ = whole
-    trunk = runs.reheat("train", str(config), "run.name=trunk", "controller.action=stop", "eval.data=")
-    assert trunk.returncode == 0, trunk.stderr[-3000:]
-    assert runs.steps_of(folder.parent / "trunk")[-1]["step"] == 8 and "collapsed, stopping" in trunk.stdout
-    arm = runs.reheat(
-        "train", str(config), "run.name=arm", f"run.fork_from={folder.parent / 'trunk'}", "run.steps=3", "eval.data="
-    )
+    result = runs.reheat("train", str(config), "run.name=trunk", "controller.action=stop")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "collapsed, stopping" in result.stdout
+    return folder.parent / "trunk"
+
+
+def test_an_arm_goes_on_where_its_trunk_stopped(whole, trunk):
+    config, folder, _ = whole
+    assert runs.steps_of(trunk)[-1]["step"] == 8
+    arm = runs.reheat("train", str(config), "run.name=arm", f"run.fork_from={trunk}", "run.steps=3", "eval.data=")
     assert arm.returncode == 0, arm.stderr[-3000:]
     steps = runs.steps_of(folder.parent / "arm")
     assert [(s["step"], s["stage"]) for s in steps] == [(9, "reheat")]
@@ -118,12 +124,29 @@ def test_arms_fork_from_a_collapsed_trunk(whole):
     assert steps[0]["entropy/mean"] == expected["entropy/mean"] and steps[0]["reheat/kl"] == expected["reheat/kl"]
 
 
+def test_a_runaway_is_rolled_back_to_the_last_good_weights(whole, trunk):
+    config, folder, _ = whole
+    # any rise of the entropy counts as a jump, so the first reheating step's update is taken back by the second
+    jumpy = ["controller.runaway_jump=1e-12", "reheat.lr=1e-2", "run.steps=4"]
+    result = runs.reheat("train", str(config), "run.name=runaway", f"run.fork_from={trunk}", *jumpy)
+    assert result.returncode == 0, result.stderr[-3000:]
+    steps = runs.steps_of(folder.parent / "runaway")
+    assert [s["stage"] for s in steps] == ["reheat", "reheat"]
+    assert "ran away" in steps[1]["event"] and steps[1]["entropy/mean"] > steps[0]["entropy/mean"]
+    # the evaluation at the border sees the trunk's weights again, bit for bit, under a new version
+    collapsed = runs.steps_of(trunk)[-1]
+    for name in ("eval/avg_at_k", "eval/pass_at_k", "eval/entropy"):
+        assert steps[1][name] == collapsed[name]
+    assert steps[1]["policy_version"] == collapsed["policy_version"] + 2
+
+
 @pytest.mark.parametrize("layout", ["tensor", "pipeline"])
 def test_other_layouts_train_the_same_policy(whole, layout):
     """vLLM samples from the weights a TP=2 or PP=2 trainer exports, and both agree on every sampled token."""
     config, folder, _ = whole
-    other = ["parallel.data=1", f"parallel.{layout}=2"]
-    result = runs.reheat("train", str(config), f"run.name={layout}", *other, "run.steps=3", "eval.data=")
+    other = ["parallel.data=1", f"parallel.{layout}=2", f"run.name={layout}", "run.steps=3", "eval.data="]
+    launcher = runs.torchrun if layout == "tensor" else runs.reheat  # both ways of starting it
+    result = launcher("train", str(config), *other)
     assert result.returncode == 0, result.stderr[-3000:]
     steps = [s for s in runs.steps_of(folder.parent / layout) if s["stage"] != "sft"]
     assert [s["stage"] for s in steps] == STAGES[:3]

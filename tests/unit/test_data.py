@@ -117,7 +117,11 @@ def test_jsonl_with_math_verifier(tokenizer: PreTrainedTokenizerFast, tmp_path: 
 
 
 def test_saved_reasoning_gym_entries_keep_their_task(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    entry = {"question": "?", "answer": "1+2", "metadata": {"source_dataset": "countdown", "numbers": [1, 2], "target": 3}}
+    entry = {
+        "question": "?",
+        "answer": "1+2",
+        "metadata": {"source_dataset": "countdown", "numbers": [1, 2], "target": 3},
+    }
     path = write_jsonl(tmp_path / "a.jsonl", [entry])
     config = DataConfig(path=path, raw_template="{target}|{numbers}=", solution_template="{answer}")
     (prompt,) = load_prompts(config, tokenizer, reward_kind="reasoning_gym")

@@ -1,0 +1,123 @@
+"""The whole story on two CPU cores: warm start -> RL until the entropy collapses -> reheat -> RL, beside a control.
+
+    python examples/countdown_cpu/demo.py [--seed 0] [--arms reheat control] [--steps-after 150] [--fresh]
+
+Every run is an ordinary `reheat train` of a recipe in yaml/; this script only makes the model and the problems, calls them
+one after the other, and puts what they logged into a table. Runs that are already finished are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_reheat.run_folder import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+ARMS = ("reheat", "control", "rollout_temperature")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of the model's weights and of all sampling")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["reheat", "control"])
+    parser.add_argument("--steps-after", type=int, default=150, help="steps of every arm after the collapse")
+    parser.add_argument("--fresh", action="store_true", help="remove this seed's earlier runs first")
+    options = parser.parse_args()
+    started = time.monotonic()
+
+    folder = ROOT / "runs" / "countdown" / f"seed-{options.seed}"
+    if options.fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    make_inputs(folder, options.seed)
+    shared = [
+        f"run.folder={folder}/{{name}}",
+        f"run.seed={options.seed}",
+        f"model.hf_path={folder / 'model'}",
+        f"data.path={folder / 'task' / 'train.jsonl'}",
+        f"eval.data.path={folder / 'task' / 'eval.jsonl'}",
+    ]
+    if not reheat("train", "yaml/countdown_cpu.yaml", *shared):
+        return 1
+    trunk = [r for r in read_metrics(folder / "trunk") if "stage" in r]
+    if trunk[-1].get("event") is None:
+        print(
+            "the trunk did not collapse within its steps; raise run.steps in yaml/countdown_cpu.yaml", file=sys.stderr
+        )
+        return 1
+    rl_steps = sum(r["stage"] == "rlvr" for r in trunk)
+    for arm in options.arms:
+        steps = f"run.steps={rl_steps + options.steps_after}"
+        fork = f"run.fork_from={folder / 'trunk'}"
+        if not reheat("train", f"yaml/countdown_cpu_{arm}.yaml", *shared, fork, steps):
+            return 1
+    arms = [folder / arm for arm in options.arms]
+    if not reheat("report", *map(str, arms), "--out", str(folder / "report")):
+        return 1
+    Console().print(results_table(trunk, arms, options.seed))
+    print(f"report: {folder / 'report' / 'comparison.html'}")
+    print(f"the whole demo took {(time.monotonic() - started) / 60:.1f} minutes")
+    return 0
+
+
+def make_inputs(folder: Path, seed: int) -> None:
+    """The policy's random weights with its tokenizer, and the problems."""
+    here = ROOT / "examples" / "countdown_cpu"
+    if not (folder / "model" / "config.json").exists():
+        run(sys.executable, here / "make_model.py", folder / "model", "--seed", seed)
+    if not (folder / "task" / "eval.jsonl").exists():
+        # the problems stay the same for every seed, so that seeds differ in training alone
+        run(sys.executable, here / "make_task.py", folder / "task")
+
+
+def reheat(*arguments: str) -> bool:
+    """One `reheat` command, shown before it runs."""
+    print(f"\n$ reheat {' '.join(arguments)}", flush=True)
+    return subprocess.run([sys.executable, "-m", "megatron_reheat", *arguments], cwd=ROOT).returncode == 0
+
+
+def run(*command: Any) -> None:
+    subprocess.run([str(c) for c in command], check=True, stderr=subprocess.DEVNULL)
+
+
+def results_table(trunk: list[dict[str, Any]], arms: list[Path], seed: int) -> Table:
+    """What came out, at every stage border: held-out problems, 8 samples each, temperature 1."""
+    table = Table(
+        title=f"held-out countdown problems, 8 samples each, seed {seed} (95% bootstrap intervals over problems)"
+    )
+    for column in ("policy", "step", "avg@8", "pass@8", "entropy (nats)"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    add_row(table, "warm start", next(r for r in trunk if r["stage"] == "sft" and "eval/avg_at_k" in r))
+    add_row(table, "collapsed by RL", trunk[-1])
+    for arm in arms:
+        evaluated = [r for r in read_metrics(arm) if "eval/avg_at_k" in r and r["step"] > trunk[-1]["step"]]
+        for record in evaluated:
+            if record["stage"] == "reheat":
+                add_row(table, f"{arm.name}: after reheating round {record['round']}", record)
+        add_row(table, f"{arm.name}: end", evaluated[-1])
+    return table
+
+
+def add_row(table: Table, label: str, record: dict[str, Any]) -> None:
+    def with_interval(name: str) -> str:
+        return f"{record[name]:.3f} [{record[f'{name}_low']:.3f}, {record[f'{name}_high']:.3f}]"
+
+    table.add_row(
+        label,
+        str(record["step"]),
+        with_interval("eval/avg_at_k"),
+        with_interval("eval/pass_at_k"),
+        f"{record['eval/entropy']:.3f}",
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
