@@ -20,7 +20,6 @@ from megatron_reheat.errors import ReheatError
 from megatron_reheat.processes import die_with_parent
 
 _LAUNCHER_PID = "REHEAT_LAUNCHER_PID"
-
 RUN_ID_PREFIX = "reheat-"
 # many times the launcher's monitoring interval
 SECONDARY_FAILURE_WAIT_S = 3.0
@@ -88,14 +87,14 @@ def _train(parsed: argparse.Namespace) -> int:
     config = load_config(parsed.config, parsed.overrides)
     if "RANK" in os.environ:
         config.data_parallel(int(os.environ.get("WORLD_SIZE", "1")))
+        if _is_launched():
+            # torchrun's workers are sessions of their own: a launcher that is killed would leave them training
+            die_with_parent(int(os.environ[_LAUNCHER_PID]), "launcher")
         return _run(config)
     parallel = config.parallel
     world_size = parallel.tensor * parallel.pipeline * config.data_parallel()
     if world_size > 1:
         return _launch(world_size, ["train", str(parsed.config), *parsed.overrides])
-    if launcher := os.environ.get(_LAUNCHER_PID):
-        # torchrun's workers are sessions of their own: a launcher that is killed would leave them training
-        die_with_parent(int(launcher), "launcher")
     return _run(config)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,13 +21,24 @@ from pathlib import Path
 from subprocess import DEVNULL
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from examples.countdown_cpu.make_model import make_model, make_tokenizer
+from megatron_reheat.config import load_config
+from megatron_reheat.losses.policy import policy_loss
+from megatron_reheat.model.engine import Engine
+from megatron_reheat.parallel import topology
+from megatron_reheat.rewards.pool import VerifierPool
+from megatron_reheat.rollout.embedded import EmbeddedEngine
+from megatron_reheat.run_folder import read_metrics
+from megatron_reheat.stages.clock import Clock
+from megatron_reheat.stages.inputs import read_inputs
+from megatron_reheat.stages.policy import Policy
+from megatron_reheat.stages.rlvr import make_train_batch
+from megatron_reheat.types import SamplingParams
 from scripts.bench_vllm_alone import VLLMAlone
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 RECIPE = "yaml/countdown_cpu.yaml"
 WARM_UP_STEPS = 5
@@ -73,8 +83,6 @@ def make_demo(folder: Path) -> None:
 
 def loop_rows(folder: Path, steps: int) -> list[Row]:
     """Runs `reheat train` and reads the seconds per phase from its metrics."""
-    from megatron_reheat.run_folder import read_metrics
-
     command = [sys.executable, "-m", "megatron_reheat", "train", RECIPE, *demo_overrides(folder)]
     subprocess.run([*command, f"run.steps={steps + WARM_UP_STEPS}", "logging.console=false"], check=True)
     records = [r for r in read_metrics(folder / "loop") if r.get("stage") == "rlvr"][WARM_UP_STEPS:]
@@ -97,16 +105,6 @@ class Parts:
     """One replica's trainer and vLLM engine, made of the product's classes as a run makes them."""
 
     def __init__(self, folder: Path, model: Path) -> None:
-        import torch
-
-        from megatron_reheat.config import load_config
-        from megatron_reheat.model.engine import Engine
-        from megatron_reheat.parallel import topology
-        from megatron_reheat.rewards.pool import VerifierPool
-        from megatron_reheat.rollout.embedded import EmbeddedEngine
-        from megatron_reheat.stages.inputs import read_inputs
-        from megatron_reheat.stages.policy import Policy
-
         self.config = load_config(RECIPE, [*demo_overrides(folder), f"model.hf_path={model}", "parallel.data=1"])
         self.inputs = read_inputs(self.config)
         place = topology.initialize(self.config)
@@ -118,24 +116,18 @@ class Parts:
         # before the model is built beside it, so that the engine is alone on its core as vLLM alone will be
         self.start_s = self.sampler.wait_ready()
         self.verifiers = VerifierPool(self.config.reward)
+        decode = partial(self.inputs.tokenizer.decode, skip_special_tokens=True)
         self.engine = Engine(self.config, self.inputs.hf_folder, place)
-        self.policy = Policy(self.engine, place, self.sampler, self.verifiers, self.decode)
+        self.policy = Policy(self.engine, place, self.sampler, self.verifiers, decode)
         self.policy.publish(0)  # verified, so not timed
 
-    def decode(self, token_ids: Any) -> str:
-        return self.inputs.tokenizer.decode(token_ids, skip_special_tokens=True)
-
     def close(self) -> None:
-        from megatron_reheat.parallel import topology
-
         self.sampler.close()
         self.verifiers.close()
         topology.finalize()
 
 
 def sync_row(parts: Parts, label: str) -> Row:
-    import torch
-
     version = 0
 
     def publish() -> Any:
@@ -157,11 +149,6 @@ def sync_row(parts: Parts, label: str) -> Row:
 
 
 def part_rows(parts: Parts) -> list[Row]:
-    from megatron_reheat.losses.policy import policy_loss
-    from megatron_reheat.stages.clock import Clock
-    from megatron_reheat.stages.rlvr import make_train_batch
-    from megatron_reheat.types import SamplingParams
-
     config, rl = parts.config, parts.config.rl
     prompts = list(parts.inputs.prompts)[: rl.prompts_per_step]
     params = SamplingParams(1.0, config.rollout.max_tokens, stop_token_ids=parts.inputs.stop_token_ids)
@@ -176,6 +163,7 @@ def part_rows(parts: Parts) -> list[Row]:
         },
         {"n": rl.group_size, "max_tokens": params.max_tokens, "stop_token_ids": list(params.stop_token_ids)},
         [list(p.token_ids) for p in prompts],
+        threads=rollout.threads or 1,
     )
     seen: list[dict[str, float]] = []
     for seed in range(REPEATS + 1):  # in turns, so that both meet the same load from others
@@ -187,10 +175,6 @@ def part_rows(parts: Parts) -> list[Row]:
     seen = seen[1:]
     median = {key: statistics.median(s[key] for s in seen) for key in seen[0]}
     best = {key: max(s[key] for s in seen) for key in seen[0]}
-
-    def rollout_row(kind: str, title: str) -> Row:
-        ratios = f"{median['ours'] / median[kind]:.2f}x; best of each {best['ours'] / best[kind]:.2f}x"
-        return "rollout", f"{median['ours']:,.0f} tokens/s", f"{title} {median[kind]:,.0f}", ratios
 
     batch = make_train_batch(groups, config)
     score = partial(parts.engine.score, batch, temperature=1.0)
@@ -206,8 +190,15 @@ def part_rows(parts: Parts) -> list[Row]:
             f"vLLM alone {alone.start_s:.1f} s",
             f"{parts.start_s / alone.start_s:.2f}x",
         ),
-        rollout_row("plain", "vLLM alone"),
-        rollout_row("same", "with logprobs and seeds"),
+        *(
+            (
+                "rollout",
+                f"{median['ours']:,.0f} tokens/s",
+                f"{title} {median[kind]:,.0f}",
+                f"{median['ours'] / median[kind]:.2f}x; best of each {best['ours'] / best[kind]:.2f}x",
+            )
+            for kind, title in (("plain", "vLLM alone"), ("same", "with logprobs and seeds"))
+        ),
         (f"grading {len(batch)} responses", f"{1e3 * median['time/reward_s']:.1f} ms", "", ""),
         (
             "score",
@@ -221,13 +212,11 @@ def part_rows(parts: Parts) -> list[Row]:
 
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
     return f"{name}, {len(os.sched_getaffinity(0))} core(s), load {os.getloadavg()[0]:.1f}"
 
 
 def measure(folder: Path, steps: int, params: str | None) -> list[Row]:
-    from examples.countdown_cpu.make_model import make_model, make_tokenizer
-
     make_demo(folder)
     rows = loop_rows(folder, steps)
     parts = Parts(folder, folder / "model")

@@ -19,9 +19,12 @@ class VLLMAlone:
         sampling: those of `vllm.SamplingParams`, `n` among them.
     """
 
-    def __init__(self, engine: dict[str, Any], sampling: dict[str, Any], prompts: list[list[int]]) -> None:
+    def __init__(
+        self, engine: dict[str, Any], sampling: dict[str, Any], prompts: list[list[int]], threads: int
+    ) -> None:
         task = json.dumps({"engine": engine, "sampling": sampling, "prompts": prompts})
         environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
+        environment["OMP_NUM_THREADS"] = str(threads)
         command = [sys.executable, "-m", "scripts.bench_vllm_alone", task]
         started = time.perf_counter()
         self._process = subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True)

@@ -245,5 +245,5 @@ def test_cursor_refuses_the_state_of_other_data() -> None:
     state = PromptCursor(numbered(7), seed=1).state()
     with pytest.raises(ConfigError, match=r"the prompts themselves changed"):
         PromptCursor(numbered(8), seed=1).load_state(state)
-    with pytest.raises(ConfigError, match=r"data\.seed, data\.shuffle changed"):
+    with pytest.raises(ConfigError, match=r"run\.seed, data\.shuffle changed"):
         PromptCursor(numbered(7), seed=2, shuffle=False).load_state(state)
