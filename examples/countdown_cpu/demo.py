@@ -23,6 +23,7 @@ from megatron_reheat.run_folder import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = ("reheat", "control", "rollout_temperature")
+TABLE_WIDTH = 110
 
 
 def main() -> int:
@@ -62,7 +63,9 @@ def main() -> int:
     arms = [folder / arm for arm in options.arms]
     if not reheat("report", *map(str, arms), "--out", str(folder / "report")):
         return 1
-    Console().print(results_table(trunk, arms, options.seed))
+    console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
+    console.print(results_table(trunk, arms, options.seed))
     print(f"report: {folder / 'report' / 'comparison.html'}")
     print(f"the whole demo took {(time.monotonic() - started) / 60:.1f} minutes")
     return 0
@@ -94,7 +97,7 @@ def results_table(trunk: list[dict[str, Any]], arms: list[Path], seed: int) -> T
         title=f"held-out countdown problems, 8 samples each, seed {seed} (95% bootstrap intervals over problems)"
     )
     for column in ("policy", "step", "avg@8", "pass@8", "entropy (nats)"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
+        table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
     add_row(table, "warm start", next(r for r in trunk if r["stage"] == "sft" and "eval/avg_at_k" in r))
     add_row(table, "collapsed by RL", trunk[-1])
     for arm in arms:
