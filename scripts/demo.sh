@@ -7,5 +7,7 @@
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# packages are installed uncompiled: their first import must be allowed to leave its bytecode behind
+export PYTHONDONTWRITEBYTECODE=
 bash scripts/setup_env.sh
 exec .venv/bin/python examples/countdown_cpu/demo.py "$@"

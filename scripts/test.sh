@@ -9,6 +9,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 # One thread per process: the distributed tests start several on one machine.
 export OMP_NUM_THREADS=1
+# Packages are installed uncompiled: their first import must be allowed to leave its bytecode behind, even where a user's
+# environment says otherwise, or every one of the many processes would compile torch and vLLM again.
+export PYTHONDONTWRITEBYTECODE=
 
 summary=()
 failed=0
