@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import xxhash
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_reheat.errors import ReheatError
@@ -146,8 +148,18 @@ def _unshare_steps(engine: Engine) -> None:
                 state["step"] = state["step"].clone()
 
 
-def install_optimizer_fixes() -> None:
-    """Lets the distributed optimizer load a resharded checkpoint into torch's AdamW; called once, before any load.
+def install_checkpoint_fixes() -> None:
+    """Two corrections to Megatron's checkpoint code; called before the first save or load, and safe to call again."""
+    # The results of the writing processes go through a multiprocessing manager, so that an asynchronous save could
+    # report from another process. That manager is one more interpreter per rank: it takes seconds to start and outlives
+    # a killed rank, holding its terminal or pipe open. Our saves report to the very process that reads the results.
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
+    _keep_optimizer_steps()
+
+
+def _keep_optimizer_steps() -> None:
+    """Lets the distributed optimizer load a resharded checkpoint into torch's AdamW.
 
     Loading skips the per-parameter `step` that `_set_main_param_and_optimizer_states` expects (KeyError), although
     `load_state_dict` has just restored it from the parameter group.

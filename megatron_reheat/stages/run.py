@@ -9,7 +9,7 @@ from typing import Any
 from megatron_reheat.config import Config
 from megatron_reheat.errors import NonFiniteLossError
 from megatron_reheat.model.checkpoint import (
-    install_optimizer_fixes,
+    install_checkpoint_fixes,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -103,7 +103,7 @@ class Run:
         sampler: EmbeddedEngine | None,
         verifiers: VerifierPool | None,
     ) -> None:
-        install_optimizer_fixes()
+        install_checkpoint_fixes()
         self.config, self.topology, self.inputs = config, topology, inputs
         self.folder = RunFolder(config.run.path)
         self.engine = Engine(config, inputs.hf_folder, topology)

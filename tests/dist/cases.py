@@ -310,11 +310,11 @@ class running_engine:
         self._folder = folder
 
     def __enter__(self) -> Any:
-        from megatron_reheat.model.checkpoint import install_optimizer_fixes
+        from megatron_reheat.model.checkpoint import install_checkpoint_fixes
         from megatron_reheat.model.engine import Engine
         from megatron_reheat.parallel import topology
 
-        install_optimizer_fixes()
+        install_checkpoint_fixes()
         return Engine(self._config, self._folder, topology.initialize(self._config))
 
     def __exit__(self, *_: object) -> None:

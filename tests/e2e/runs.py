@@ -111,9 +111,9 @@ def _start(module: str, *arguments: str, **environment: str) -> subprocess.Popen
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """What a node failure does: every process of the run is gone at once."""
+    """What a node failure does: every process of the run is gone at once, and none is left holding its output open."""
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=30)
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
