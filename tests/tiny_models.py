@@ -32,7 +32,7 @@ def save_tiny_model(family: str, folder: Path, *, vocab_size: int = VOCAB_SIZE, 
         model = LlamaForCausalLM(LlamaConfig(**shared, tie_word_embeddings=False, rope_theta=500000.0))
     else:
         tied = family == "qwen3_tied"
-        model = Qwen3ForCausalLM(Qwen3Config(**shared, head_dim=16, tie_word_embeddings=tied, rope_theta=1000000.0))
+        model = Qwen3ForCausalLM(Qwen3Config(**shared, head_dim=32, tie_word_embeddings=tied, rope_theta=1000000.0))
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):  # ones would hide a norm that is loaded into the wrong place
             parameter.data.uniform_(0.5, 1.5)

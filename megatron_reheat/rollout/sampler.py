@@ -27,6 +27,8 @@ class Sampler:
         self._on_cpu = current_platform.is_cpu()
         self._engine = LLMEngine.from_engine_args(_engine_args(settings, self._on_cpu))
         model_config = self._engine.model_config
+        if self._on_cpu:
+            _check_head_size(model_config)
         self.vocab_size = model_config.get_vocab_size()
         self.max_model_len = model_config.max_model_len
         buffer = SharedBuffer(settings.buffer_fd, settings.buffer_capacity)
@@ -106,6 +108,18 @@ def _engine_args(settings: WorkerSettings, on_cpu: bool) -> EngineArgs:
         if settings.kv_cache_mb:
             options["kv_cache_memory_bytes"] = settings.kv_cache_mb << 20
     return EngineArgs(**options)
+
+
+def _check_head_size(model_config: Any) -> None:
+    """vLLM itself would start, and fail at the first request without naming the cause."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    head_size, supported = model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+    if head_size not in supported:
+        raise ReheatError(
+            f"the model's head_dim is {head_size}, but vLLM's CPU attention has kernels for {supported} only; "
+            "use another model, or a GPU"
+        )
 
 
 def _sampling_params(request: SampleRequest, index: int) -> vllm.SamplingParams:

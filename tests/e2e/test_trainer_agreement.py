@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.dist.launch import launch
+from tests.distributed.launch import launch
 from tests.tiny_models import save_tiny_model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.dist.launch import launch
+from tests.distributed.launch import launch
 
 GRADIENT_TOLERANCE = {"torch.float32": 1e-5, "torch.bfloat16": 4e-3}
 # 101 leaves padding at TP = 2 and 4; 5 leaves a shard of padding only at TP = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_reheat.model.checkpoint import latest_checkpoint, list_checkpoints, verify_checkpoint
-from tests.dist.launch import launch
+from tests.distributed.launch import launch
 from tests.tiny_models import save_tiny_model
 
 LOADS = [{"data": 2}, {"tensor": 2}, {"pipeline": 2}]

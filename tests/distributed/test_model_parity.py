@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.dist.launch import launch
+from tests.distributed.launch import launch
 from tests.tiny_models import FAMILIES, save_tiny_model
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]

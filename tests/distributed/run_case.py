@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
 
 
 def main() -> None:
-    from tests.dist import cases
+    from tests.distributed import cases
 
     torch.set_num_threads(1)
     case, folder = sys.argv[1], Path(sys.argv[2])
@@ -20,4 +21,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BaseException:
+        # at once: an orderly exit would wait for ranks that are still inside a collective
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)

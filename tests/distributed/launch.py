@@ -1,4 +1,4 @@
-"""Runs a case of `tests.dist.cases` in several real processes over gloo and brings every rank's result back."""
+"""Runs a case of `tests.distributed.cases` in several real processes over gloo and brings every rank's result back."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def launch(case: str, world_size: int, tmp_path: Path, *, timeout_s: float = 240
         with (folder / f"log-{rank}.txt").open("wb") as log:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-W", "ignore", "-m", "tests.dist.run_case", case, str(folder)],
+                    [sys.executable, "-W", "ignore", "-m", "tests.distributed.run_case", case, str(folder)],
                     cwd=ROOT,
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdout=log,
