@@ -174,7 +174,9 @@ def _train_five_steps(folder: Path, **layout: Any) -> dict[str, Any]:
                 generator = np.random.default_rng(step)
                 old = [lp + generator.normal(0, 0.2, lp.shape).astype(np.float32) for lp in scores.logprobs]
                 batch = batch.with_old_logprobs(old)
-            result = engine.update(batch, loss, lr=1e-3, weight_decay=0.01, aggregation=layout.get("aggregation", "token_mean"))
+            result = engine.update(
+                batch, loss, lr=1e-3, weight_decay=0.01, aggregation=layout.get("aggregation", "token_mean")
+            )
             history.append(result.metrics)
         return {"layout": layout, "metrics": history, "weights": {n: t.clone() for n, t in engine.iter_hf_weights()}}
 
@@ -264,12 +266,13 @@ def sampler_agreement(folder: Path, log_folder: Path, **layout: Any) -> list[dic
             )
             scores = engine.score(batch, temperature=1.0)
             argmax_equal = [
-                torch.equal(logits[len(prompts[i]) - 1 : -1].argmax(-1).int(), torch.from_numpy(completions[i].token_ids))
+                torch.equal(
+                    logits[len(prompts[i]) - 1 : -1].argmax(-1).int(), torch.from_numpy(completions[i].token_ids)
+                )
                 for i, logits in _all_logits(engine, batch).items()
             ]
             gap = max(
-                float(np.abs(c.rollout_logprobs - s).max())
-                for c, s in zip(completions, scores.logprobs, strict=True)
+                float(np.abs(c.rollout_logprobs - s).max()) for c, s in zip(completions, scores.logprobs, strict=True)
             )
             results.append(
                 {

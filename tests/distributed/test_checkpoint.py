@@ -68,7 +68,9 @@ def test_damage_is_named(round_trip):
     assert verify_checkpoint(checkpoint) is None
 
 
-@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {"data": 2}, {"data": 2, "dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize(
+    "layout", [{"tensor": 2}, {"pipeline": 2}, {"data": 2}, {"data": 2, "dtype": "bfloat16"}], ids=str
+)
 def test_non_finite_and_refused_updates_leave_the_weights_alone(folder, tmp_path, layout):
     for result in launch("non_finite_updates", 2, tmp_path, folder=folder, **layout):
         assert result["bad"] == (False, False)

@@ -18,7 +18,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda l: f"tp{l[0]}pp{l[1]}")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda at: f"tp{at[0]}pp{at[1]}")
 def test_logits_match_transformers(ranks, layout, family):
     errors = [r[*layout, family]["logit_error"] for r in ranks if "logit_error" in r[*layout, family]]
     assert len(errors) == 4 // layout[1]  # every rank of a last stage, and no other
@@ -26,7 +26,7 @@ def test_logits_match_transformers(ranks, layout, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda l: f"tp{l[0]}pp{l[1]}")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda at: f"tp{at[0]}pp{at[1]}")
 def test_weights_return_bit_exact_to_replica_leaders_only(ranks, layout, family):
     results = [r[*layout, family] for r in ranks]
     leaders = [r for r in results if "bit_exact" in r]

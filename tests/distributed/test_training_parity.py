@@ -42,7 +42,11 @@ def family(request, tmp_path_factory):
 @pytest.mark.parametrize("world_size", RUNS)
 def test_training_does_not_depend_on_the_layout(family, world_size):
     root, folder, reference, single = family
-    runs = single if world_size == 1 else launch("train_five_steps", world_size, root, folder=folder, runs=RUNS[world_size])[0]
+    runs = (
+        single
+        if world_size == 1
+        else launch("train_five_steps", world_size, root, folder=folder, runs=RUNS[world_size])[0]
+    )
     assert len(runs) == len(RUNS[world_size])
     for run in runs:
         for step, (metrics, expected) in enumerate(zip(run["metrics"], reference["metrics"], strict=True)):
@@ -59,8 +63,10 @@ def test_training_does_not_depend_on_the_layout(family, world_size):
 def test_sequence_mean_differs_from_token_mean_and_agrees_across_data_parallelism(family, tmp_path):
     _, folder, reference, _ = family
     (alone,) = launch("train_five_steps", 1, tmp_path, folder=folder, runs=[{"aggregation": "sequence_mean"}])
-    split = launch("train_five_steps", 2, tmp_path, folder=folder, runs=[{"aggregation": "sequence_mean", "data": 2}])[0]
-    loss = [metrics.get("policy/loss") for metrics in alone[0]["metrics"]][0]
+    split = launch("train_five_steps", 2, tmp_path, folder=folder, runs=[{"aggregation": "sequence_mean", "data": 2}])[
+        0
+    ]
+    loss = next(metrics.get("policy/loss") for metrics in alone[0]["metrics"])
     assert loss != pytest.approx(reference["metrics"][0]["policy/loss"], rel=1e-3)
     assert split[0]["metrics"][0]["policy/loss"] == pytest.approx(loss, rel=1e-5)
     assert split[0]["metrics"][4]["sft/loss"] == pytest.approx(alone[0]["metrics"][4]["sft/loss"], rel=1e-5)
