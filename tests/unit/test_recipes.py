@@ -12,9 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted([*(ROOT / "yaml").rglob("*.yaml"), *(ROOT / "examples").rglob("*.yaml")])
 
 
-@pytest.mark.parametrize("folder", ["yaml", "examples"])
-def test_there_are_recipes(folder: str) -> None:
-    assert any(path.is_relative_to(ROOT / folder) for path in RECIPES), f"{folder}/ holds no recipe"
+def test_there_are_recipes() -> None:
+    assert {"countdown_cpu.yaml", "ts_opsd.yaml"} <= {path.name for path in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))

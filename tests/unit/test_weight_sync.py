@@ -215,8 +215,8 @@ def test_answers_to_interrupted_requests_are_dropped(start_child):
 def test_an_engine_dies_with_its_trainer(tmp_path):
     (tmp_path / "program.py").write_text(
         "import sys, time\n"
-        "from megatron_reheat.rollout.worker import _die_with_parent\n"
-        "_die_with_parent(int(sys.argv[2]))\n"
+        "from megatron_reheat.processes import die_with_parent\n"
+        "die_with_parent(int(sys.argv[2]), 'trainer')\n"
         "print('guarded', flush=True)\n"
         "time.sleep(600)\n"
     )
@@ -226,6 +226,7 @@ def test_an_engine_dies_with_its_trainer(tmp_path):
         "from megatron_reheat.rollout.child_process import ChildProcess\n"
         "child = ChildProcess('program', [], env=os.environ, log_file=Path('log'), pass_fds=[])\n"
         "while 'guarded' not in Path('log').read_text():\n"
+        "    assert child.alive\n"
         "    time.sleep(0.02)\n"
         "print(child.pid, flush=True)\n"
         "time.sleep(600)\n"
@@ -233,9 +234,11 @@ def test_an_engine_dies_with_its_trainer(tmp_path):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(PACKAGE_ROOT)])}
     command = [sys.executable, "-c", trainer]
     with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as process:
-        pid = int(process.stdout.readline())
-        assert _running(pid)
-        process.kill()
+        try:
+            pid = int(process.stdout.readline())
+            assert _running(pid)
+        finally:
+            process.kill()
     deadline = time.monotonic() + 30
     while _running(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
