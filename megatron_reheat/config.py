@@ -29,6 +29,8 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "transformer_engine"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"
     vocab_pad_multiple: int = Field(default=1, gt=0, description="pad the vocabulary to a multiple of this x TP")
+    fused_head: bool = Field(default=True, description="apply the LM head inside the loss, chunk by chunk")
+    head_chunk_tokens: int = Field(default=1024, gt=0, description="tokens whose logits exist at a time")
 
 
 class ParallelConfig(Section):

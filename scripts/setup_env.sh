@@ -16,6 +16,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd "$ROOT"
 
 TORCH_VERSION=2.13.0
+TRITON_VERSION=3.9.0
 LOCK=scripts/requirements-cpu.lock
 VENV=.venv
 STAMP=$VENV/reheat-stamp            # what the finished environment was made from
@@ -146,7 +147,12 @@ fi
 make_venv
 : >"$INCOMPLETE"
 pip_install "1 of 3: torch $TORCH_VERSION and what it needs" "torch==$TORCH_VERSION" --constraint "$LOCK"
-pip_install "2 of 3: $(grep -c '^[a-z].*==' "$LOCK") pinned packages" --no-deps --requirement "$LOCK"
+# CUDA builds of torch bring Triton, CPU builds do not; the tests run the GPU kernels in its interpreter.
+triton=()
+if ! "$VENV/bin/python" -I -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)'; then
+    triton=("triton==$TRITON_VERSION")
+fi
+pip_install "2 of 3: $(grep -c '^[a-z].*==' "$LOCK") pinned packages" --no-deps --requirement "$LOCK" "${triton[@]}"
 pip_install "3 of 3: megatron-reheat itself, editable" --no-deps --no-build-isolation --use-pep517 --editable .
 printf '%s\n' "$WANTED" >"$STAMP"
 rm "$INCOMPLETE"

@@ -1,3 +1,9 @@
-from megatron_reheat.losses.tempered_kl import tempered_kl, vocab_entropy, vocab_logprobs
+from megatron_reheat.losses.tempered_kl import (
+    fused_logprobs,
+    fused_tempered_kl,
+    tempered_kl,
+    vocab_entropy,
+    vocab_logprobs,
+)
 
-__all__ = ["tempered_kl", "vocab_entropy", "vocab_logprobs"]
+__all__ = ["fused_logprobs", "fused_tempered_kl", "tempered_kl", "vocab_entropy", "vocab_logprobs"]

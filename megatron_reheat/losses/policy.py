@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_reheat.metrics import MetricSums
 from megatron_reheat.parallel.packing import MicroBatch
-from megatron_reheat.parallel.vocab import VocabLogits
+from megatron_reheat.parallel.vocab import Vocabulary
 
 # exp() of a larger log-ratio says nothing but "far away" and only risks overflow
 MAX_LOG_RATIO = 20.0
@@ -69,7 +69,7 @@ def tis_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, *, cap: float) -
 
 
 def policy_loss(
-    vocab: VocabLogits,
+    vocab: Vocabulary,
     micro: MicroBatch,
     *,
     sampling_temperature: float,

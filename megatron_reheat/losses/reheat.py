@@ -7,11 +7,11 @@ from torch import Tensor
 
 from megatron_reheat.metrics import MetricSums
 from megatron_reheat.parallel.packing import MicroBatch
-from megatron_reheat.parallel.vocab import Direction, VocabLogits
+from megatron_reheat.parallel.vocab import Direction, Vocabulary
 
 
 def reheat_loss(
-    vocab: VocabLogits, micro: MicroBatch, *, teacher_temperature: float, direction: Direction
+    vocab: Vocabulary, micro: MicroBatch, *, teacher_temperature: float, direction: Direction
 ) -> tuple[Tensor, MetricSums]:
     """Token-mean KL between the policy and its own flattened self on its own rollouts.
 
@@ -40,7 +40,7 @@ def reheat_loss(
     return loss, metrics
 
 
-def sft_loss(vocab: VocabLogits, micro: MicroBatch) -> tuple[Tensor, MetricSums]:
+def sft_loss(vocab: Vocabulary, micro: MicroBatch) -> tuple[Tensor, MetricSums]:
     """Token-mean cross-entropy of the worked answers."""
     logprobs, entropy = vocab.logprobs(micro.targets)
     counted = micro.loss_mask.bool()

@@ -1,8 +1,8 @@
 """The trainer: one Megatron model on this rank's part of the layout, with score, update and weight export.
 
-Loss contract: a loss closure gets `VocabLogits` [T, V/TP] and the micro-batch, and returns its share of the batch's loss (a
-sum whose weights already carry the global denominator) with metric sums. Megatron's own scalings (micro-batch average,
-data-parallel average, token count) are switched off here and nowhere else, so a loss is invariant to TP, PP, DP and
+Loss contract: a loss closure gets the `Vocabulary` at T positions and the micro-batch, and returns its share of the batch's
+loss (a sum whose weights already carry the global denominator) with metric sums. Megatron's own scalings (micro-batch
+average, data-parallel average, token count) are switched off here and nowhere else, so a loss is invariant to TP, PP, DP and
 micro-batching.
 """
 
@@ -25,14 +25,15 @@ from torch import Tensor
 from megatron_reheat.config import Config
 from megatron_reheat.metrics import MetricSums
 from megatron_reheat.model.backend import choose_backend
+from megatron_reheat.model.head import head_input, head_weight
 from megatron_reheat.model.hf_weights import HFExporter, HFReader, load_hf_weights
 from megatron_reheat.model.provider import build_model, check_layout, read_hf_config
 from megatron_reheat.parallel.packing import Aggregation, MicroBatch, make_microbatches
 from megatron_reheat.parallel.topology import Topology
-from megatron_reheat.parallel.vocab import VocabLogits
+from megatron_reheat.parallel.vocab import VocabHead, VocabLogits, Vocabulary
 from megatron_reheat.types import FloatArray, TrainBatch
 
-Loss = Callable[[VocabLogits, MicroBatch], tuple[Tensor, MetricSums]]
+Loss = Callable[[Vocabulary, MicroBatch], tuple[Tensor, MetricSums]]
 Accept = Callable[[dict[str, float]], bool]
 
 
@@ -86,8 +87,8 @@ class Engine:
         """Log-probabilities (at `temperature`) and entropies (at 1) of every response token, on every rank."""
         scored: list[dict[int, tuple[FloatArray, FloatArray]]] = []
 
-        def keep(logits: VocabLogits, micro: MicroBatch) -> tuple[Tensor, MetricSums]:
-            result = logits.logprobs(micro.targets, temperature=temperature)
+        def keep(vocab: Vocabulary, micro: MicroBatch) -> tuple[Tensor, MetricSums]:
+            result = vocab.logprobs(micro.targets, temperature=temperature)
             logprobs, entropies = micro.unpack(result.logprobs), micro.unpack(result.entropy)
             scored.append({i: (logprobs[i], entropies[i]) for i in logprobs})
             return result.logprobs.sum(), MetricSums()
@@ -244,12 +245,25 @@ class Engine:
         )
 
     def _loss(self, loss: Loss, micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, MetricSums]:
-        group = self.topology.tensor_group if self.topology.tensor_size > 1 else None
-        value, metrics = loss(VocabLogits(output[0], self.hf.vocab_size, group), micro)
+        value, metrics = loss(self._vocabulary(output, micro), micro)
         if not torch.isfinite(value):
             metrics.add_sum("optimizer/non_finite_microbatches", 1.0)
         # the count is Megatron's business only when it divides by it, which `_finalize_without_rescaling` prevents
         return value, torch.ones((), dtype=torch.int, device=value.device), metrics
+
+    def _vocabulary(self, output: Tensor, micro: MicroBatch) -> Vocabulary:
+        """What the last stage's output predicts, with positions that no loss counts left out where that saves work."""
+        group = self.topology.tensor_group if self.topology.tensor_size > 1 else None
+        if not self.config.model.fused_head:
+            return VocabLogits(output[0], self.hf.vocab_size, group, overwrite=True)
+        return VocabHead(
+            head_input(output, sequence_parallel=self.config.parallel.sequence_parallel),
+            head_weight(self.module),
+            self.hf.vocab_size,
+            group,
+            mask=micro.loss_mask.bool(),
+            chunk_tokens=self.config.model.head_chunk_tokens,
+        )
 
     def _reduce(self, per_microbatch: Sequence[MetricSums]) -> dict[str, float]:
         mine = MetricSums()

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_reheat.config import Config, ModelConfig
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.model.backend import Backend
+from megatron_reheat.model.head import HeadlessGPTModel
 from megatron_reheat.model.layers import block_spec
 from megatron_reheat.parallel.topology import Topology
 
@@ -175,7 +176,8 @@ def build_model(hf: Any, config: Config, topology: Topology, backend: Backend) -
     """This rank's part of the network, with Megatron's random initialisation."""
     megatron_config = transformer_config(hf, config, backend)
     rope = rope_parameters(hf)
-    model = GPTModel(
+    model_class = HeadlessGPTModel if config.model.fused_head else GPTModel
+    model = model_class(
         megatron_config,
         block_spec(megatron_config, backend),
         vocab_size=padded_vocab_size(hf.vocab_size, config),

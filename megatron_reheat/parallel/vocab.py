@@ -1,11 +1,8 @@
 """Vocabulary-parallel log-probabilities, entropy and tempered KL: exact, closed form, one collective forward, none backward.
 
-Tensor parallelism splits the vocabulary: each rank holds logits `[T, V/TP]`. Everything the losses need follows from a few
-sums per token, taken on each shard relative to the shard's own maximum and merged like an online softmax. With z the
-logits, m their global maximum and d = z - m:
-
-    s1 = sum e^d        w1 = sum e^d d          A1 = log s1     M1 = w1 / s1
-    sT = sum e^(d/T)    wT = sum e^(d/T) d      AT = log sT     MT = wT / sT
+Tensor parallelism splits the vocabulary: each rank holds logits `[N, V/TP]`, or what makes them. Everything the losses need
+follows from a few sums per token (`vocab_kernels`), taken on each shard relative to the shard's own maximum and merged like
+an online softmax. With z the logits, m their global maximum and d = z - m:
 
     log q(y)      = d_y - A1                    q   = softmax(z), the policy
     log p_T(y)    = d_y/T - AT                  p_T = softmax(z/T), the teacher of TS-OPSD (arXiv 2606.00755)
@@ -13,13 +10,14 @@ logits, m their global maximum and d = z - m:
     KL(p_T || q)  = (1/T - 1) MT - AT + A1      d/dz_v = q_v - p_T,v             teacher detached
     KL(q || p_T)  = (1 - 1/T) M1 - A1 + AT      d/dz_v = (1 - 1/T) q_v (d_v - M1)
 
-The backward pass needs only the merged scalars, so no tensor of the logits' size outlives the forward pass except the
-logits themselves. Differences of nearly equal probabilities (a sharp policy against its own tempered self) are taken through
-expm1, and the scalars are kept in float64: entropies of 1e-4 nats and their gradients stay exact to float32 rounding.
+The backward pass needs only the merged scalars, so no tensor of the logits' size outlives the forward pass except the logits
+themselves (`VocabLogits`), or none at all (`VocabHead`, which makes them again chunk by chunk). Scalars are kept in float64:
+entropies of 1e-4 nats and their gradients stay exact to float32 rounding.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -27,13 +25,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_reheat.parallel.vocab_kernels import (
+    NUM_SUMS,
+    RowCoefficients,
+    RowScalars,
+    compute_dtype,
+    merge,
+    shard_sums,
+    write_gradient,
+)
+
 Direction = Literal["forward", "reverse"]
 
 DEFAULT_CHUNK_TOKENS = 1024
 
-_LOWEST = torch.finfo(torch.float32).min
-# below this e^d is zero in any dtype; finite, so that 0 x d stays 0 where a logit is -inf
-_NO_PROBABILITY = -1e30
+# Rows of the head's weight whose gradient, or float32 copy, exists at a time.
+_WEIGHT_BLOCK = 8192
 
 
 class TemperedKL(NamedTuple):
@@ -53,205 +60,255 @@ class VocabLogprobs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class VocabLogits:
-    """This rank's shard of the logits, with what is needed to reduce over the whole vocabulary.
+class Question:
+    """What is asked of the logits: log-probabilities at `temperature`, or the KL to the policy tempered by it."""
 
-    logits:      [..., V/TP], any floating dtype
-    vocab_size:  V without padding; columns from it on (Megatron pads V to a multiple of TP) take no probability
-    group:       the tensor-parallel group, or None if the vocabulary is not split
-    """
+    what: Literal["logprobs", "forward", "reverse"]
+    temperature: float
 
-    logits: Tensor
-    vocab_size: int
-    group: dist.ProcessGroup | None = None
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    def answers(self, s: RowScalars, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """(logprobs, entropy), or (kl, entropy, teacher entropy, logprobs at temperature 1); each [N]."""
+        entropy = (s.log_sum - s.mean).to(dtype)
+        if self.what == "logprobs":
+            return (s.target / self.temperature - s.tempered_log_sum).to(dtype), entropy
+        gap, flattening = s.tempered_log_sum - s.log_sum, 1.0 - 1.0 / self.temperature
+        kl = -flattening * s.tempered_mean - gap if self.what == "forward" else flattening * s.mean + gap
+        teacher_entropy = (s.tempered_log_sum - s.tempered_mean / self.temperature).to(dtype)
+        # rounding may leave a KL of exactly zero a hair below it
+        return kl.clamp_min(0.0).to(dtype), entropy, teacher_entropy, (s.target - s.log_sum).to(dtype)
 
-    @property
-    def first_column(self) -> int:
-        return self.logits.size(-1) * _group_rank(self.group)
+    def coefficients(self, gradients: tuple[Tensor | None, ...]) -> RowCoefficients:
+        """Of the gradient, given those of the answers; only the first of a KL's carries any."""
+        first, second = gradients[:2]
+        if self.what == "logprobs":
+            return RowCoefficients(
+                target=None if first is None else first / self.temperature,
+                entropy=None if second is None else -second,
+            )
+        if first is None:
+            return RowCoefficients()
+        if self.what == "forward":
+            return RowCoefficients(contrast=first)
+        return RowCoefficients(entropy=first * (1.0 - 1.0 / self.temperature))
 
-    @property
-    def num_valid_columns(self) -> int:
-        """How many of this shard's columns are real vocabulary; the rest is padding, which may fill a whole shard."""
-        return min(max(self.vocab_size - self.first_column, 0), self.logits.size(-1))
+    def mark(self, ctx: Any, answers: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)  # an answer nobody uses costs nothing in backward
+        if self.what != "logprobs":
+            ctx.mark_non_differentiable(*answers[1:])
+
+
+class Vocabulary(ABC):
+    """The model's prediction at every position, as the losses see it: what can be asked, not how it is stored."""
+
+    vocab_size: int  # V without padding; columns from it on (Megatron pads V to a multiple of TP) take no probability
+    group: dist.ProcessGroup | None
 
     def logprobs(self, targets: Tensor, *, temperature: float = 1.0) -> VocabLogprobs:
         """Log-probabilities of `targets` [...] (global token ids) at `temperature`, and the entropy at temperature 1."""
-        self._check_targets(targets)
-        logprobs, entropy = _Logprobs.apply(self._flat(), targets.reshape(-1), temperature, self)
-        shape = self.logits.shape[:-1]
-        return VocabLogprobs(logprobs.view(shape), entropy.view(shape))
+        return VocabLogprobs(*self._ask(Question("logprobs", temperature), targets))
 
     def tempered_kl(self, *, temperature: float, direction: Direction, targets: Tensor | None = None) -> TemperedKL:
         """KL between the policy and its own detached, flattened self. See `losses.tempered_kl`."""
         if direction not in ("forward", "reverse"):
             raise ValueError(f"direction must be 'forward' or 'reverse', not {direction!r}")
-        if targets is not None:
-            self._check_targets(targets)
-        flat_targets = None if targets is None else targets.reshape(-1)
-        outputs = _TemperedKL.apply(self._flat(), flat_targets, temperature, direction, self)
-        kl, entropy, teacher_entropy, logprobs = (o.view(self.logits.shape[:-1]) for o in outputs)
+        kl, entropy, teacher_entropy, logprobs = self._ask(Question(direction, temperature), targets)
         return TemperedKL(kl, entropy, teacher_entropy, None if targets is None else logprobs)
 
-    def _flat(self) -> Tensor:
-        return self.logits.reshape(-1, self.logits.size(-1))
+    @abstractmethod
+    def _ask(self, question: Question, targets: Tensor | None) -> tuple[Tensor, ...]:
+        """The question's answers, one value per position."""
 
-    def _check_targets(self, targets: Tensor) -> None:
-        assert targets.shape == self.logits.shape[:-1], (targets.shape, self.logits.shape)
+    @property
+    @abstractmethod
+    def num_columns(self) -> int:
+        """This shard's columns, padding included."""
 
+    @property
+    def first_column(self) -> int:
+        return self.num_columns * (0 if self.group is None else dist.get_rank(self.group))
 
-@dataclass(frozen=True)
-class _Scalars:
-    """Merged per-token scalars [N] in float64, the same on every rank of the group. `log_*` are A1 and AT, `mean_*` M1, MT."""
+    @property
+    def num_valid_columns(self) -> int:
+        """How many of this shard's columns are real vocabulary; the rest is padding, which may fill a whole shard."""
+        return min(max(self.vocab_size - self.first_column, 0), self.num_columns)
 
-    maximum: Tensor
-    log_sum: Tensor
-    mean: Tensor
-    tempered_log_sum: Tensor
-    tempered_mean: Tensor
-    target: Tensor  # z_y - maximum
-
-
-def _reduce(logits: Tensor, targets: Tensor | None, temperature: float, vocab: VocabLogits) -> _Scalars:
-    columns = vocab.num_valid_columns
-    local = logits.new_zeros(6, logits.size(0), dtype=torch.float64)
-    local[0] = _LOWEST  # a shard that is all padding never owns the maximum
-    if columns:
-        for rows in _chunks(logits.size(0), vocab.chunk_tokens):
-            local[:5, rows] = _local_sums(logits[rows, :columns], temperature)
-        if targets is not None:
-            local[5] = _owned_target_logits(logits, targets, vocab.first_column, columns)
-    shards = _all_gather(local, vocab.group)  # [TP, 6, N]
-    return _merge(shards, temperature)
+    def _local(self, targets: Tensor | None, shape: torch.Size) -> Tensor | None:
+        """[N] the targets' columns on this shard; outside it for those that other shards own."""
+        if targets is None:
+            return None
+        if targets.shape != shape:
+            raise ValueError(f"targets have shape {tuple(targets.shape)}, the predictions {tuple(shape)}")
+        return targets.reshape(-1) - self.first_column
 
 
-def _local_sums(logits: Tensor, temperature: float) -> Tensor:
-    """[N, C] -> [5, N] float64: maximum and the four sums relative to it."""
-    maximum = logits.amax(-1).to(_compute_dtype(logits)).clamp_min(_LOWEST)
-    shifted = _shifted(logits, maximum)
-    exp = shifted.exp()
-    s1 = exp.sum(-1, dtype=torch.float64)
-    w1 = exp.mul_(shifted).sum(-1, dtype=torch.float64)
-    tempered = torch.exp(shifted / temperature, out=exp)
-    s_t = tempered.sum(-1, dtype=torch.float64)
-    w_t = tempered.mul_(shifted).sum(-1, dtype=torch.float64)
-    return torch.stack([maximum.double(), s1, w1, s_t, w_t])
+class VocabLogits(Vocabulary):
+    """Logits that exist.
+
+    Args:
+        logits: [..., V/TP], any floating dtype; this rank's shard.
+        vocab_size: V without padding.
+        group: the tensor-parallel group, or None if the vocabulary is not split.
+        overwrite: the backward pass may write the gradient over the logits, which nobody else may need by then.
+    """
+
+    def __init__(
+        self, logits: Tensor, vocab_size: int, group: dist.ProcessGroup | None = None, *, overwrite: bool = False
+    ) -> None:
+        self.logits, self.vocab_size, self.group, self.overwrite = logits, vocab_size, group, overwrite
+
+    @property
+    def num_columns(self) -> int:
+        return self.logits.size(-1)
+
+    def _ask(self, question: Question, targets: Tensor | None) -> tuple[Tensor, ...]:
+        shape = self.logits.shape[:-1]
+        flat = self.logits.reshape(-1, self.num_columns)
+        answers = _FromLogits.apply(flat, self._local(targets, shape), question, self)
+        return tuple(answer.view(shape) for answer in answers)
 
 
-def _owned_target_logits(logits: Tensor, targets: Tensor, first_column: int, columns: int) -> Tensor:
-    """[N] float64: the target's logit where this shard owns the target, else 0."""
-    local_ids = targets - first_column
-    owned = (local_ids >= 0) & (local_ids < columns)
-    values = logits.gather(-1, local_ids.clamp(0, columns - 1)[:, None])[:, 0].double()
-    return torch.where(owned, values, 0.0)
+class VocabHead(Vocabulary):
+    """Logits that are made from hidden states and the LM head's weight, a chunk of tokens at a time, and never kept.
+
+    Args:
+        hidden: [..., H], the same on every rank of `group`; its gradient is this shard's share, to be summed over the group.
+        weight: [V/TP, H], this rank's shard. Where it has Megatron's `main_grad`, its gradient is added there directly.
+        vocab_size: V without padding.
+        group: the tensor-parallel group, or None if the vocabulary is not split.
+        mask: [...] bool; positions where it is False are skipped, and every answer there is zero.
+        chunk_tokens: tokens whose logits exist at a time; peak memory is about three float32 tensors [chunk, V/TP].
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        vocab_size: int,
+        group: dist.ProcessGroup | None = None,
+        *,
+        mask: Tensor | None = None,
+        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    ) -> None:
+        self.hidden, self.weight, self.vocab_size, self.group = hidden, weight, vocab_size, group
+        self.mask, self.chunk_tokens = mask, chunk_tokens
+
+    @property
+    def num_columns(self) -> int:
+        return self.weight.size(0)
+
+    def _ask(self, question: Question, targets: Tensor | None) -> tuple[Tensor, ...]:
+        shape = self.hidden.shape[:-1]
+        hidden = self.hidden.reshape(-1, self.hidden.size(-1))
+        local = self._local(targets, shape)
+        if self.mask is None:
+            return tuple(a.view(shape) for a in _FromHead.apply(hidden, self.weight, local, question, self))
+        rows = self.mask.reshape(-1).nonzero()[:, 0]
+        local = None if local is None else local[rows]
+        answers = _FromHead.apply(hidden[rows], self.weight, local, question, self)
+        return tuple(a.new_zeros(hidden.size(0)).index_copy(0, rows, a).view(shape) for a in answers)
 
 
-def _merge(shards: Tensor, temperature: float) -> _Scalars:
-    """Online-softmax merge in rank order, so that every rank gets bitwise the same result."""
-    maximum = shards[:, 0].amax(0)
-    down = shards[:, 0] - maximum  # <= 0: how far each shard's maximum lies below the global one
-    scale, tempered_scale = down.exp(), (down / temperature).exp()
-    s1 = (shards[:, 1] * scale).sum(0)
-    w1 = ((shards[:, 2] + shards[:, 1] * down) * scale).sum(0)
-    s_t = (shards[:, 3] * tempered_scale).sum(0)
-    w_t = ((shards[:, 4] + shards[:, 3] * down) * tempered_scale).sum(0)
-    return _Scalars(maximum, s1.log(), w1 / s1, s_t.log(), w_t / s_t, shards[:, 5].sum(0) - maximum)
-
-
-class _Logprobs(torch.autograd.Function):
+class _FromLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float, vocab: VocabLogits) -> Any:
-        s = _reduce(logits, targets, temperature, vocab)
-        ctx.save_for_backward(logits, targets, s.maximum, s.log_sum, s.mean, s.tempered_log_sum)
-        ctx.temperature, ctx.vocab = temperature, vocab
-        ctx.set_materialize_grads(False)  # an output nobody uses costs nothing in backward
-        dtype = _compute_dtype(logits)
-        return (s.target / temperature - s.tempered_log_sum).to(dtype), (s.log_sum - s.mean).to(dtype)
+    def forward(ctx: Any, logits: Tensor, targets: Tensor | None, question: Question, vocab: VocabLogits) -> Any:
+        sums = shard_sums(logits[:, : vocab.num_valid_columns], targets, question.temperature)
+        scalars = merge(_all_gather(sums, vocab.group), question.temperature)
+        ctx.save_for_backward(logits, targets)
+        ctx.scalars, ctx.question, ctx.vocab = scalars, question, vocab
+        answers = question.answers(scalars, compute_dtype(logits))
+        question.mark(ctx, answers)
+        return answers
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
-        logits, targets, maximum, log_sum, mean, tempered_log_sum = ctx.saved_tensors
-        columns = ctx.vocab.num_valid_columns
-        grad = torch.zeros_like(logits)
-        for rows in _chunks(logits.size(0), ctx.vocab.chunk_tokens) if columns else ():
-            d = _shifted(logits[rows, :columns], maximum[rows])
-            g = torch.zeros_like(d)
-            if grad_logprobs is not None:
-                log_p = d / ctx.temperature - tempered_log_sum[rows, None].to(d.dtype)
-                local_ids = targets[rows] - ctx.vocab.first_column
-                g += _logprob_gradient(log_p, local_ids) * (grad_logprobs[rows] / ctx.temperature)[:, None]
-            if grad_entropy is not None:
-                q = (d - log_sum[rows, None].to(d.dtype)).exp()
-                g -= grad_entropy[rows, None] * q * (d - mean[rows, None].to(d.dtype))
-            grad[rows, :columns] = g.to(grad.dtype)
-        return grad, None, None, None
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        logits, targets = ctx.saved_tensors
+        columns, question = ctx.vocab.num_valid_columns, ctx.question
+        out = logits if ctx.vocab.overwrite else torch.empty_like(logits)
+        coefficients = question.coefficients(gradients)
+        write_gradient(out[:, :columns], logits[:, :columns], targets, ctx.scalars, coefficients, question.temperature)
+        # in place, as far as autograd can see: another backward pass through overwritten logits is refused by it
+        out[:, columns:].zero_()
+        return out, None, None, None
 
 
-def _logprob_gradient(log_p: Tensor, local_ids: Tensor) -> Tensor:
-    """[N, C] 1[v = y] - p_v; at a nearly certain target 1 - p cancels in float32, expm1 keeps it."""
-    owned = (local_ids >= 0) & (local_ids < log_p.size(-1))
-    ids = local_ids.clamp(0, log_p.size(-1) - 1)[:, None]
-    gradient = -log_p.exp()
-    at_target = torch.where(owned[:, None], -torch.expm1(log_p.gather(-1, ids)), gradient.gather(-1, ids))
-    return gradient.scatter_(-1, ids, at_target)
-
-
-class _TemperedKL(torch.autograd.Function):
+class _FromHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor | None, temperature: float, direction: Direction, vocab: VocabLogits
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor | None, question: Question, head: VocabHead
     ) -> Any:
-        s = _reduce(logits, targets, temperature, vocab)
-        gap = s.tempered_log_sum - s.log_sum
-        flattening = 1.0 - 1.0 / temperature
-        kl = -flattening * s.tempered_mean - gap if direction == "forward" else flattening * s.mean + gap
-        ctx.save_for_backward(logits, s.maximum, s.log_sum, s.mean, s.tempered_log_sum)
-        ctx.temperature, ctx.direction, ctx.vocab = temperature, direction, vocab
-        dtype = _compute_dtype(logits)
-        entropy = (s.log_sum - s.mean).to(dtype)
-        teacher_entropy = (s.tempered_log_sum - s.tempered_mean / temperature).to(dtype)
-        logprobs = (s.target - s.log_sum).to(dtype)
-        ctx.mark_non_differentiable(entropy, teacher_entropy, logprobs)
-        # rounding may leave a KL of exactly zero a hair below it
-        return kl.clamp_min(0.0).to(dtype), entropy, teacher_entropy, logprobs
+        sums = torch.zeros(NUM_SUMS, hidden.size(0), dtype=torch.float64, device=hidden.device)
+        for rows in _chunks(hidden.size(0), head.chunk_tokens):
+            logits = _head_logits(hidden[rows], weight[: head.num_valid_columns])
+            sums[:, rows] = shard_sums(logits, None if targets is None else targets[rows], question.temperature)
+        scalars = merge(_all_gather(sums, head.group), question.temperature)
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.scalars, ctx.question, ctx.head = scalars, question, head
+        answers = question.answers(scalars, compute_dtype(hidden))
+        question.mark(ctx, answers)
+        return answers
 
     @staticmethod
-    def backward(ctx: Any, grad_kl: Tensor, *_: Any) -> Any:
-        logits, maximum, log_sum, mean, tempered_log_sum = ctx.saved_tensors
-        columns = ctx.vocab.num_valid_columns
-        flattening = 1.0 - 1.0 / ctx.temperature
-        grad = torch.zeros_like(logits)
-        for rows in _chunks(logits.size(0), ctx.vocab.chunk_tokens) if columns else ():
-            d = _shifted(logits[rows, :columns], maximum[rows])
-            if ctx.direction == "forward":
-                # q - p_T without cancellation: the larger of the two times (1 - ratio), the ratio in log space
-                gap = (tempered_log_sum[rows] - log_sum[rows])[:, None].to(d.dtype)
-                log_ratio = flattening * d + gap  # log q - log p_T
-                larger = d - log_sum[rows, None].to(d.dtype) - log_ratio.clamp_max(0.0)
-                g = -larger.exp() * torch.expm1(-log_ratio.abs()) * log_ratio.sign()
-            else:
-                q = (d - log_sum[rows, None].to(d.dtype)).exp()
-                g = flattening * q * (d - mean[rows, None].to(d.dtype))
-            grad[rows, :columns] = (g * grad_kl[rows, None]).to(grad.dtype)
-        return grad, None, None, None, None
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        hidden, weight, targets = ctx.saved_tensors
+        head, question = ctx.head, ctx.question
+        valid = weight[: head.num_valid_columns]
+        coefficients = question.coefficients(gradients)
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight, returned = _weight_gradient(weight) if ctx.needs_input_grad[1] else (None, None)
+        for rows in _chunks(hidden.size(0), head.chunk_tokens) if len(valid) else ():
+            logits = _head_logits(hidden[rows], valid)
+            write_gradient(
+                logits,
+                logits,
+                None if targets is None else targets[rows],
+                ctx.scalars.rows(rows),
+                coefficients.rows(rows),
+                question.temperature,
+            )
+            gradient = logits.to(weight.dtype)
+            torch.mm(gradient, valid, out=grad_hidden[rows])
+            if grad_weight is not None:
+                _add_outer(grad_weight, gradient, hidden[rows])
+        if returned is not None:
+            returned = returned.to(weight.dtype)
+        return grad_hidden, returned, None, None, None
 
 
-def _shifted(logits: Tensor, maximum: Tensor) -> Tensor:
-    """[N, C] d = z - m, finite also where z is -inf."""
-    dtype = _compute_dtype(logits)
-    return (logits.to(dtype) - maximum[:, None].to(dtype)).clamp_min_(_NO_PROBABILITY)
+def _weight_gradient(weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where the head's gradient is summed up, and what autograd is given of it."""
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is not None:
+        return main_grad, None
+    # float32 sums, as in Megatron's buffers: there is one term per chunk
+    gradient = torch.zeros_like(weight, dtype=compute_dtype(weight))
+    return gradient, gradient
 
 
-def _compute_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def _add_outer(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """total [V/TP, H] += gradient^T hidden, without a temporary of the weight's size."""
+    columns = gradient.size(-1)
+    if total.dtype == gradient.dtype:
+        total[:columns].addmm_(gradient.t(), hidden)
+        return
+    for block in _chunks(columns, _WEIGHT_BLOCK):
+        total[block].add_(gradient[:, block].t() @ hidden)
 
 
-def _chunks(num_rows: int, size: int) -> list[slice]:
-    return [slice(i, min(i + size, num_rows)) for i in range(0, num_rows, size)]
+def _head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[n, H] x [C, H] -> [n, C] in float32 (or float64), whatever the inputs: low-precision logits distort entropies."""
+    dtype = compute_dtype(hidden)
+    if hidden.dtype == dtype:
+        return hidden @ weight.t()
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.t(), out_dtype=dtype)
+    logits = hidden.new_empty(hidden.size(0), weight.size(0), dtype=dtype)
+    for block in _chunks(weight.size(0), _WEIGHT_BLOCK):
+        logits[:, block] = hidden.to(dtype) @ weight[block].to(dtype).t()
+    return logits
 
 
-def _group_rank(group: dist.ProcessGroup | None) -> int:
-    return 0 if group is None else dist.get_rank(group)
+def _chunks(count: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def _all_gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -57,7 +57,7 @@ def _vocab_parallel_errors(
         return torch.nn.functional.pad(gradient, (0, padding))[:, own]
 
     errors, values = {}, []
-    shared = {"group": group, "vocab_size": vocab_size, "chunk_tokens": 5}
+    shared = {"group": group, "vocab_size": vocab_size}
     for direction in ("forward", "reverse"):
         for temperature in TEMPERATURES:
             expected = dense_kl(dense, temperature, direction, weights)
@@ -102,7 +102,7 @@ def model_parity(folders: dict[str, Path], layouts: list[tuple[int, int]]) -> di
     batch = random_batch(seed=3)
     for tensor, pipeline in layouts:
         for family, folder in folders.items():
-            with running_engine(folder, tensor=tensor, pipeline=pipeline) as engine:
+            with running_engine(folder, tensor=tensor, pipeline=pipeline, fused_head=False) as engine:
                 logits = _all_logits(engine, batch)
                 exported = dict(engine.iter_hf_weights())
                 result: dict[str, Any] = {"num_parameters": engine.num_parameters}
@@ -242,7 +242,7 @@ def sampler_agreement(folder: Path, log_folder: Path, **layout: Any) -> list[dic
     from megatron_reheat.rollout.weight_sync import WeightSync
     from megatron_reheat.types import SamplingParams, TrainBatch, TrainSequence
 
-    with running_engine(folder, **layout) as engine:
+    with running_engine(folder, fused_head=False, **layout) as engine:
         leader = engine.topology.is_replica_leader
         config = engine.config.rollout.model_copy(
             update={"max_model_len": 64, "enforce_eager": True, "kv_cache_mb": 32, "threads": 1}
@@ -297,11 +297,11 @@ class running_engine:
         from megatron_reheat.config import parse_config
 
         dtype = layout.pop("dtype", "float32")
-        recompute = layout.pop("recompute", "none")
+        model = {name: layout.pop(name) for name in ("recompute", "fused_head", "head_chunk_tokens") if name in layout}
         layout.setdefault("microbatch_tokens", 128)
         self._config = parse_config(
             {
-                "model": {"hf_path": str(folder), "dtype": dtype, "recompute": recompute},
+                "model": {"hf_path": str(folder), "dtype": dtype, **model},
                 "data": {"path": "unused.jsonl", "max_prompt_tokens": 16},
                 "parallel": layout,
                 "rollout": {"max_tokens": 32, "sync_bucket_mb": 1},

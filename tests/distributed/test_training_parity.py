@@ -14,10 +14,13 @@ RUNS = {
         {"distributed_optimizer": False},
         {"recompute": "full"},
         {"recompute": "selective"},
+        {"fused_head": False},
+        {"head_chunk_tokens": 7},
     ],
     2: [
         {"tensor": 2},
         {"tensor": 2, "sequence_parallel": True},
+        {"tensor": 2, "sequence_parallel": True, "fused_head": False},
         {"pipeline": 2},
         {"data": 2},
         {"data": 2, "distributed_optimizer": False, "microbatch_tokens": 48},

@@ -5,9 +5,12 @@ import torch
 from torch import Tensor
 
 from megatron_reheat.losses import tempered_kl, vocab_entropy, vocab_logprobs
+from megatron_reheat.parallel.vocab_triton import INTERPRETED
 from tests.reference import LOGIT_CASES, TEMPERATURES, dense_kl, dense_logprobs, make_logits, relative_error
 
 NUM_TOKENS, VOCAB = 7, 101
+# half a unit in the last place of bfloat16; Triton's interpreter cuts it off instead of rounding
+BFLOAT16_ERROR = 8e-3 if INTERPRETED else 4e-3
 
 
 @pytest.mark.parametrize("case", LOGIT_CASES)
@@ -19,7 +22,7 @@ def test_tempered_kl_matches_dense_reference(case, temperature, direction, dtype
     weights = torch.rand(NUM_TOKENS, generator=torch.Generator().manual_seed(1)) + 0.5
     expected = dense_kl(logits, temperature, direction, weights)
 
-    result = tempered_kl(logits, temperature=temperature, direction=direction, chunk_tokens=3)
+    result = tempered_kl(logits, temperature=temperature, direction=direction)
     (result.kl * weights).sum().backward()
 
     assert result.kl.dtype == torch.float32
@@ -28,7 +31,7 @@ def test_tempered_kl_matches_dense_reference(case, temperature, direction, dtype
     assert relative_error(result.entropy, expected.entropy) < 2e-6
     assert relative_error(result.teacher_entropy, expected.teacher_entropy) < 2e-6
     assert logits.grad is not None and logits.grad.dtype == dtype
-    assert relative_error(logits.grad, expected.gradient) < (1e-5 if dtype == torch.float32 else 4e-3)
+    assert relative_error(logits.grad, expected.gradient) < (1e-5 if dtype == torch.float32 else BFLOAT16_ERROR)
 
 
 @pytest.mark.parametrize("case", LOGIT_CASES)
@@ -39,7 +42,7 @@ def test_logprobs_and_entropy_match_dense_reference(case, temperature):
     targets[0] = logits[0].argmax()  # a nearly certain target is where 1 - p cancels
     expected = dense_logprobs(logits, targets, temperature, entropy_weight=0.3)
 
-    result = vocab_logprobs(logits, targets, temperature=temperature, chunk_tokens=2)
+    result = vocab_logprobs(logits, targets, temperature=temperature)
     (result.logprobs.sum() + 0.3 * result.entropy.sum()).backward()
 
     assert relative_error(result.logprobs, expected.logprobs) < 2e-6

@@ -1,0 +1,284 @@
+"""Measures the tempered KL, forward and backward, against plain PyTorch and the peers that are installed, side by side.
+
+    python -m scripts.bench_kl [--vocab 32768 151936] [--tokens 256 1024 4096] [--hidden 256] [--repeats 3]
+    python -m scripts.bench_kl --tensor-parallel 2      # the vocabulary split over two gloo ranks, one thread each
+
+Two questions, each in a table of its own: from logits that exist, and from hidden states and the LM head's weight. Every
+row computes the same loss (its value is compared with the first row's). Memory is counted, not guessed: CUDA's allocator
+there, and every tensor's storage as it is made and freed on the CPU. Peers: `pip install trl liger-kernel`.
+
+peak: bytes beyond the inputs at the worst moment, gradients of the inputs included, per logit (tokens x vocabulary).
+retained: bytes that live between forward and backward beyond the inputs, per logit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import os
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_reheat.losses import fused_tempered_kl, tempered_kl
+
+TEMPERATURE = 1.2
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+Loss = Callable[..., Tensor]  # the inputs -> mean KL(teacher || policy)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    seconds: float
+    peak_bytes: int
+    retained_bytes: int
+    value: float
+
+
+class StorageCounter(TorchDispatchMode):
+    """Bytes of the tensors made inside, now and at most; inputs that exist before do not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._known: set[int] = set()
+
+    def ignore(self, *tensors: Tensor) -> None:
+        self._known.update(t.untyped_storage()._cdata for t in tensors)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known or storage.nbytes() == 0:
+            return
+        self._known.add(key)
+        self._sizes[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._freed, key)
+
+    def _freed(self, key: int) -> None:
+        self._known.discard(key)
+        self.live -= self._sizes.pop(key)
+
+
+def measure(loss: Loss, make_inputs: Callable[[], tuple[Tensor, ...]], repeats: int) -> Measurement:
+    """Median time of forward plus backward, and the memory of one such pass."""
+    taken = []
+    for attempt in range(repeats + 1):
+        inputs = make_inputs()
+        _wait()
+        started = time.perf_counter()
+        loss(*inputs).backward()
+        _wait()
+        if attempt:  # the first call compiles and tunes
+            taken.append(time.perf_counter() - started)
+    return Measurement(statistics.median(taken), *_count_memory(loss, make_inputs()))
+
+
+def _count_memory(loss: Loss, inputs: tuple[Tensor, ...]) -> tuple[int, int, float]:
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        value = loss(*inputs)
+        retained = torch.cuda.memory_allocated() - before
+        value.backward()
+        return torch.cuda.max_memory_allocated() - before, retained, value.item()
+    counter = StorageCounter()
+    counter.ignore(*inputs)
+    with counter:
+        value = loss(*inputs)
+        retained = counter.live
+        value.backward()
+    return counter.peak, retained, value.item()
+
+
+def _wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# -- what is compared ----------------------------------------------------------------------------------------------------
+
+
+def eager_kl(logits: Tensor) -> Tensor:
+    """As one would write it."""
+    log_q = logits.float().log_softmax(-1)
+    log_p = (logits.detach().float() / TEMPERATURE).log_softmax(-1)
+    return torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean()
+
+
+def logits_forms(group: Any, vocab_size: int) -> Iterator[tuple[str, Loss]]:
+    shared: dict[str, Any] = {"temperature": TEMPERATURE, "group": group, "vocab_size": vocab_size}
+    yield "ours", lambda z: tempered_kl(z, **shared).kl.mean()
+    yield "ours, gradient over the logits", lambda z: tempered_kl(z, overwrite_logits=True, **shared).kl.mean()
+    if group is not None:
+        return  # none of the others is exact and sharded with a right gradient
+    yield "PyTorch eager", eager_kl
+    yield "PyTorch torch.compile", torch.compile(eager_kl, dynamic=False)
+    if importlib.util.find_spec("trl"):
+        from trl.experimental.gkd import GKDTrainer
+
+        yield (
+            "TRL generalized_jsd_loss",
+            lambda z: GKDTrainer.generalized_jsd_loss(z[None], z.detach()[None] / TEMPERATURE, beta=0) / len(z),
+        )
+
+
+def head_forms(group: Any, vocab_size: int) -> Iterator[tuple[str, Loss]]:
+    shared: dict[str, Any] = {"temperature": TEMPERATURE, "group": group, "vocab_size": vocab_size}
+    yield "ours, fused", lambda h, w: fused_tempered_kl(h, w, **shared).kl.mean()
+    yield "ours, logits", lambda h, w: tempered_kl(h @ w.t(), overwrite_logits=True, **shared).kl.mean()
+    yield "three bare matmuls", _bare_matmuls
+    if group is not None:
+        return
+    yield "PyTorch eager", lambda h, w: eager_kl(h @ w.t())
+    yield "PyTorch torch.compile", torch.compile(lambda h, w: eager_kl(h @ w.t()), dynamic=False)
+    if importlib.util.find_spec("trl"):
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        def trl(h: Tensor, w: Tensor) -> Tensor:
+            teacher = (h.detach(), w.detach(), None)
+            settings = (0.0, 1.0, 1.0, None, 1 / TEMPERATURE, None)
+            return ChunkedDivergenceFunction.apply(h, w, None, *teacher, *settings)[0].mean()
+
+        yield "TRL chunked divergence", trl
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=True)
+
+        def fused_linear_jsd(h: Tensor, w: Tensor) -> Tensor:
+            labels = torch.zeros(len(h), dtype=torch.long, device=h.device)
+            return liger(h, w, h.detach(), w.detach() / TEMPERATURE, labels)
+
+        yield "Liger fused linear JSD", fused_linear_jsd
+
+
+def _bare_matmuls(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The head's forward and its two gradients as matrix products alone: what no exact method can undercut."""
+    h, w = hidden.detach(), weight.detach()
+    logits = h @ w.t()
+    products = logits @ w, logits.t() @ h
+    return hidden.sum() * 0.0 + 0.0 * sum(p[0, 0] for p in products)
+
+
+# -- tables --------------------------------------------------------------------------------------------------------------
+
+
+def compare(
+    title: str, forms: Iterator[tuple[str, Loss]], make_inputs: Callable[[], Any], num_logits: int, repeats: int
+) -> Table:
+    table = Table("", "ms", "x ours", "peak B/logit", "retained B/logit", "peak MB", "loss", title=title)
+    first: Measurement | None = None
+    for name, loss in forms:
+        try:
+            m = measure(loss, make_inputs, repeats)
+        except Exception as error:  # a peer that does not run here is a result, too
+            table.add_row(name, "does not run", "", "", "", "", f"{type(error).__name__}: {error}"[:60])
+            continue
+        first = first or m
+        table.add_row(
+            name,
+            f"{m.seconds * 1e3:.0f}",
+            f"{m.seconds / first.seconds:.2f}",
+            f"{m.peak_bytes / num_logits:.2f}",
+            f"{m.retained_bytes / num_logits:.2f}",
+            f"{m.peak_bytes / 2**20:.0f}",
+            f"{m.value:.6f}",
+        )
+    return table
+
+
+def run(rank: int, arguments: argparse.Namespace) -> None:
+    size = arguments.tensor_parallel
+    group = None
+    if size > 1:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", rank=rank, world_size=size)
+        group = dist.group.WORLD
+    console = Console(width=130, quiet=rank != 0)
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    console.print(f"{device}, {dtype}, TP={size}, torch {torch.__version__}")
+    for vocab in arguments.vocab:
+        columns = vocab // size
+        for tokens in arguments.tokens:
+            generator = torch.Generator().manual_seed(0)
+            hidden = torch.randn(tokens, arguments.hidden, generator=generator)
+            weight = torch.randn(vocab, arguments.hidden, generator=generator)[rank * columns : (rank + 1) * columns]
+            weight = weight * 4 / arguments.hidden**0.5
+            num_logits = tokens * columns
+
+            def on_device(*tensors: Tensor) -> tuple[Tensor, ...]:
+                return tuple(t.to(DEVICE, dtype, copy=True).requires_grad_() for t in tensors)
+
+            def make_head(hidden: Tensor = hidden, weight: Tensor = weight) -> tuple[Tensor, ...]:
+                return on_device(hidden, weight)
+
+            def make_logits(hidden: Tensor = hidden, weight: Tensor = weight) -> tuple[Tensor, ...]:
+                return on_device(hidden @ weight.t())
+
+            shape = f"{tokens} tokens, V={vocab}"
+            if num_logits <= arguments.max_logits:
+                console.print(
+                    compare(
+                        f"from logits: {shape}", logits_forms(group, vocab), make_logits, num_logits, arguments.repeats
+                    )
+                )
+                console.print(
+                    compare(
+                        f"from hidden states: {shape}, H={arguments.hidden}",
+                        head_forms(group, vocab), make_head, num_logits, arguments.repeats,
+                    )
+                )  # fmt: skip
+                continue
+            fused_only = iter([next(head_forms(group, vocab))])
+            title = f"from hidden states: {shape}, H={arguments.hidden} (too many logits for the others here)"
+            console.print(compare(title, fused_only, make_head, num_logits, 1))
+    if group is not None:
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32768, 151936])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tensor-parallel", type=int, default=1, choices=[1, 2, 4])
+    parser.add_argument(
+        "--max-logits", type=float, default=2e8, help="above this many logits only the fused form is measured"
+    )
+    arguments = parser.parse_args()
+    if arguments.tensor_parallel == 1:
+        run(0, arguments)
+        return
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29511")
+    mp.spawn(run, (arguments,), nprocs=arguments.tensor_parallel)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The fused head against the logits form: the same values and gradients, and never more than a chunk of logits."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_reheat.losses import fused_logprobs, fused_tempered_kl, tempered_kl, vocab_logprobs
+from megatron_reheat.parallel.vocab_triton import INTERPRETED
+from tests.reference import dense_kl, dense_logprobs, relative_error
+
+NUM_TOKENS, HIDDEN, VOCAB = 23, 16, 101
+
+
+def inputs(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = (torch.randn(NUM_TOKENS, HIDDEN, generator=generator) * scale).to(dtype).requires_grad_()
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(VOCAB, (NUM_TOKENS,), generator=generator)
+
+
+def dense_gradients(hidden: Tensor, weight: Tensor, logits_gradient: Tensor) -> tuple[Tensor, Tensor]:
+    return logits_gradient @ weight.detach().double(), logits_gradient.t() @ hidden.detach().double()
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])
+def test_tempered_kl_matches_the_dense_reference(direction, scale, chunk_tokens):
+    hidden, weight, targets = inputs(scale=scale)
+    weights = torch.rand(NUM_TOKENS) + 0.5
+    logits = hidden.detach().double() @ weight.detach().double().t()
+    expected = dense_kl(logits, 1.2, direction, weights)
+
+    result = fused_tempered_kl(
+        hidden, weight, temperature=1.2, direction=direction, targets=targets, chunk_tokens=chunk_tokens
+    )
+    (result.kl * weights).sum().backward()
+
+    assert relative_error(result.kl, expected.kl) < 1e-4
+    assert relative_error(result.entropy, expected.entropy) < 1e-5
+    assert relative_error(result.teacher_entropy, expected.teacher_entropy) < 1e-5
+    assert relative_error(result.logprobs, logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]) < 1e-5
+    grad_hidden, grad_weight = dense_gradients(hidden, weight, expected.gradient)
+    # float32 logits of size 60 are exact to 4e-6 only
+    assert relative_error(hidden.grad, grad_hidden) < 1e-5 * max(1.0, scale)
+    assert relative_error(weight.grad, grad_weight) < 1e-5 * max(1.0, scale)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.2])
+def test_logprobs_match_the_dense_reference(temperature):
+    hidden, weight, targets = inputs()
+    logits = hidden.detach().double() @ weight.detach().double().t()
+    expected = dense_logprobs(logits, targets, temperature, entropy_weight=0.3)
+    result = fused_logprobs(hidden, weight, targets, temperature=temperature, chunk_tokens=7)
+    (result.logprobs.sum() + 0.3 * result.entropy.sum()).backward()
+    assert relative_error(result.logprobs, expected.logprobs) < 1e-5
+    grad_hidden, grad_weight = dense_gradients(hidden, weight, expected.gradient)
+    assert relative_error(hidden.grad, grad_hidden) < 1e-5
+    assert relative_error(weight.grad, grad_weight) < 1e-5
+
+
+def test_bfloat16_weights_give_float32_logits():
+    """Rounding logits to bfloat16 would shift the entropy of a sharp policy by several per cent."""
+    hidden, weight, _ = inputs(torch.bfloat16, scale=3.0)
+    exact = hidden.detach().double() @ weight.detach().double().t()
+    expected = dense_kl(exact, 1.2, "forward", torch.ones(NUM_TOKENS))
+    result = fused_tempered_kl(hidden, weight, temperature=1.2)
+    result.kl.sum().backward()
+    assert relative_error(result.entropy, expected.entropy) < 1e-5
+    grad_hidden, grad_weight = dense_gradients(hidden, weight, expected.gradient)
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+    assert relative_error(hidden.grad, grad_hidden) < 1e-2
+    assert relative_error(weight.grad, grad_weight) < 1e-2
+    rounded = tempered_kl(hidden.detach() @ weight.detach().t(), temperature=1.2)
+    assert relative_error(rounded.entropy, expected.entropy) > 1e-3
+
+
+def test_masked_positions_are_zero_and_cost_nothing():
+    hidden, weight, targets = inputs()
+    mask = torch.arange(NUM_TOKENS) % 3 == 0
+    poisoned = torch.where(mask[:, None], hidden.detach(), torch.nan).requires_grad_()
+    result = fused_logprobs(poisoned, weight, targets, mask=mask)
+    result.logprobs.sum().backward()
+    kept = hidden.detach()[mask].requires_grad_()
+    expected = fused_logprobs(kept, weight.detach(), targets[mask])
+    expected.logprobs.sum().backward()
+    assert result.logprobs[~mask].eq(0).all() and torch.equal(result.logprobs[mask], expected.logprobs)
+    assert poisoned.grad[~mask].eq(0).all() and torch.equal(poisoned.grad[mask], kept.grad)
+
+
+@pytest.mark.parametrize("mask", [None, torch.zeros(4, dtype=torch.bool)], ids=["no tokens", "nothing counted"])
+def test_nothing_to_count_gives_zero_gradients(mask):
+    hidden = torch.randn(0 if mask is None else 4, HIDDEN, requires_grad=True)
+    weight = torch.randn(VOCAB, HIDDEN, requires_grad=True)
+    result = fused_tempered_kl(hidden, weight, temperature=1.2, mask=mask)
+    result.kl.sum().backward()
+    assert result.kl.shape == hidden.shape[:1]
+    assert hidden.grad.eq(0).all() and weight.grad.eq(0).all()
+
+
+def test_padded_rows_of_the_weight_take_no_probability():
+    hidden, weight, _ = inputs()
+    padded = torch.cat([weight.detach(), torch.full((3, HIDDEN), 9.0)]).requires_grad_()
+    result = fused_tempered_kl(hidden, padded, temperature=2.0, vocab_size=VOCAB)
+    expected = fused_tempered_kl(hidden.detach(), weight.detach(), temperature=2.0)
+    result.kl.sum().backward()
+    torch.testing.assert_close(result.kl, expected.kl)
+    assert padded.grad[VOCAB:].eq(0).all() and padded.grad[:VOCAB].ne(0).any()
+
+
+def test_the_weights_gradient_goes_into_megatrons_buffer_where_there_is_one():
+    hidden, weight, _ = inputs(torch.bfloat16)
+    fused_tempered_kl(hidden, weight, temperature=1.2, chunk_tokens=4).kl.sum().backward()
+    buffered = weight.detach().clone().requires_grad_()
+    buffered.main_grad = torch.ones(VOCAB, HIDDEN)
+    for _ in range(2):
+        fused_tempered_kl(hidden.detach(), buffered, temperature=1.2, chunk_tokens=4).kl.sum().backward()
+    assert buffered.grad is None
+    assert relative_error((buffered.main_grad - 1) / 2, weight.grad) < 4e-3
+
+
+def test_a_second_backward_pass_through_overwritten_logits_is_refused():
+    logits = torch.randn(3, 7, requires_grad=True)
+    overwritten = logits * 1.0
+    targets = torch.zeros(3, dtype=torch.long)
+    (expected,) = torch.autograd.grad(vocab_logprobs(logits, targets).logprobs.sum(), logits)
+    first = vocab_logprobs(overwritten, targets, overwrite_logits=True).logprobs.sum()
+    second = vocab_logprobs(overwritten, targets, overwrite_logits=True).logprobs.sum()
+    (gradient,) = torch.autograd.grad(first, logits, retain_graph=True)
+    assert torch.equal(gradient, expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second.backward()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter makes copies of its own")
+def test_only_a_chunk_of_logits_exists_at_a_time():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class LargestTensor(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                self.elements = max(self.elements, result.numel())
+            return result
+
+    largest = {}
+    for num_tokens in (64, 512):
+        hidden = torch.randn(num_tokens, 8, requires_grad=True)
+        weight = torch.randn(4096, 8, requires_grad=True)
+        with LargestTensor() as mode:
+            fused_tempered_kl(hidden, weight, temperature=1.2, chunk_tokens=32).kl.sum().backward()
+        largest[num_tokens] = mode.elements
+    assert largest[64] == largest[512] == 32 * 4096
