@@ -16,10 +16,10 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import itertools
 import os
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,10 +30,10 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_reheat.losses import fused_tempered_kl, tempered_kl
+from megatron_reheat.parallel.vocab import VocabLogits, head_loss
+from scripts.storage_counter import StorageCounter
 
 TEMPERATURE = 1.2
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,40 +46,6 @@ class Measurement:
     peak_bytes: int
     retained_bytes: int
     value: float
-
-
-class StorageCounter(TorchDispatchMode):
-    """Bytes of the tensors made inside, now and at most; inputs that exist before do not count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._sizes: dict[int, int] = {}
-        self._known: set[int] = set()
-
-    def ignore(self, *tensors: Tensor) -> None:
-        self._known.update(t.untyped_storage()._cdata for t in tensors)
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._known or storage.nbytes() == 0:
-            return
-        self._known.add(key)
-        self._sizes[key] = storage.nbytes()
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._freed, key)
-
-    def _freed(self, key: int) -> None:
-        self._known.discard(key)
-        self.live -= self._sizes.pop(key)
 
 
 def measure(loss: Loss, make_inputs: Callable[[], tuple[Tensor, ...]], repeats: int) -> Measurement:
@@ -148,7 +114,15 @@ def logits_forms(group: Any, vocab_size: int) -> Iterator[tuple[str, Loss]]:
 
 def head_forms(group: Any, vocab_size: int) -> Iterator[tuple[str, Loss]]:
     shared: dict[str, Any] = {"temperature": TEMPERATURE, "group": group, "vocab_size": vocab_size}
-    yield "ours, fused", lambda h, w: fused_tempered_kl(h, w, **shared).kl.mean()
+
+    def whole_loss(h: Tensor, w: Tensor) -> Tensor:
+        def mean_kl(vocab: VocabLogits, rows: slice) -> Tensor:
+            return vocab.tempered_kl(temperature=TEMPERATURE, direction="forward").kl.sum() / len(h)
+
+        return head_loss(h, w, mean_kl, vocab_size, group)
+
+    yield "ours, fused with the loss", whole_loss  # what the engine trains with
+    yield "ours, fused, any loss after", lambda h, w: fused_tempered_kl(h, w, **shared).kl.mean()
     yield "ours, logits", lambda h, w: tempered_kl(h @ w.t(), overwrite_logits=True, **shared).kl.mean()
     yield "three bare matmuls", _bare_matmuls
     if group is not None:
@@ -254,7 +228,7 @@ def run(rank: int, arguments: argparse.Namespace) -> None:
                     )
                 )  # fmt: skip
                 continue
-            fused_only = iter([next(head_forms(group, vocab))])
+            fused_only = itertools.islice(head_forms(group, vocab), 2)
             title = f"from hidden states: {shape}, H={arguments.hidden} (too many logits for the others here)"
             console.print(compare(title, fused_only, make_head, num_logits, 1))
     if group is not None:

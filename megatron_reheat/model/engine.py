@@ -30,7 +30,7 @@ from megatron_reheat.model.hf_weights import HFExporter, HFReader, load_hf_weigh
 from megatron_reheat.model.provider import build_model, check_layout, read_hf_config
 from megatron_reheat.parallel.packing import Aggregation, MicroBatch, make_microbatches
 from megatron_reheat.parallel.topology import Topology
-from megatron_reheat.parallel.vocab import VocabHead, VocabLogits, Vocabulary
+from megatron_reheat.parallel.vocab import VocabHead, VocabLogits, Vocabulary, head_loss
 from megatron_reheat.types import FloatArray, TrainBatch
 
 Loss = Callable[[Vocabulary, MicroBatch], tuple[Tensor, MetricSums]]
@@ -232,7 +232,8 @@ class Engine:
                 packed_seq_params=_packed_seq_params(micro),
                 **fp32_output,
             )
-            return output, partial(self._loss, loss, micro)
+            evaluate = self._score_loss if forward_only else self._train_loss
+            return output, partial(self._loss, partial(evaluate, loss, micro))
 
         return self._forward_backward(
             forward_step_func=forward_step,
@@ -244,26 +245,49 @@ class Engine:
             forward_only=forward_only,
         )
 
-    def _loss(self, loss: Loss, micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, MetricSums]:
-        value, metrics = loss(self._vocabulary(output, micro), micro)
+    def _loss(
+        self, evaluate: Callable[[Tensor], tuple[Tensor, MetricSums]], output: Tensor
+    ) -> tuple[Tensor, Tensor, MetricSums]:
+        value, metrics = evaluate(output)
         if not torch.isfinite(value):
             metrics.add_sum("optimizer/non_finite_microbatches", 1.0)
         # the count is Megatron's business only when it divides by it, which `_finalize_without_rescaling` prevents
         return value, torch.ones((), dtype=torch.int, device=value.device), metrics
 
-    def _vocabulary(self, output: Tensor, micro: MicroBatch) -> Vocabulary:
-        """What the last stage's output predicts, with positions that no loss counts left out where that saves work."""
-        group = self.topology.tensor_group if self.topology.tensor_size > 1 else None
+    def _score_loss(self, loss: Loss, micro: MicroBatch, output: Tensor) -> tuple[Tensor, MetricSums]:
         if not self.config.model.fused_head:
-            return VocabLogits(output[0], self.hf.vocab_size, group, overwrite=True)
-        return VocabHead(
-            head_input(output, sequence_parallel=self.config.parallel.sequence_parallel),
-            head_weight(self.module),
-            self.hf.vocab_size,
-            group,
-            mask=micro.loss_mask.bool(),
-            chunk_tokens=self.config.model.head_chunk_tokens,
-        )
+            return loss(VocabLogits(output[0], self.hf.vocab_size, self._vocab_group), micro)
+        # positions that no loss counts are left out
+        vocab = VocabHead(mask=micro.loss_mask.bool(), **self._head_arguments(output))
+        return loss(vocab, micro)
+
+    def _train_loss(self, loss: Loss, micro: MicroBatch, output: Tensor) -> tuple[Tensor, MetricSums]:
+        if not self.config.model.fused_head:
+            return loss(VocabLogits(output[0], self.hf.vocab_size, self._vocab_group, overwrite=True), micro)
+        arguments = self._head_arguments(output)
+        positions = micro.loss_mask.nonzero()[:, 0]
+        counted, metrics = micro.at(positions), MetricSums()
+
+        def chunk_loss(vocab: VocabLogits, rows: slice) -> Tensor:
+            value, sums = loss(vocab, counted.at(rows))
+            metrics.merge(sums)
+            return value
+
+        hidden = arguments.pop("hidden")[positions]
+        return head_loss(hidden, loss=chunk_loss, **arguments), metrics
+
+    def _head_arguments(self, output: Tensor) -> dict[str, Any]:
+        return {
+            "hidden": head_input(output, sequence_parallel=self.config.parallel.sequence_parallel),
+            "weight": head_weight(self.module),
+            "vocab_size": self.hf.vocab_size,
+            "group": self._vocab_group,
+            "chunk_tokens": self.config.model.head_chunk_tokens,
+        }
+
+    @property
+    def _vocab_group(self) -> Any:
+        return self.topology.tensor_group if self.topology.tensor_size > 1 else None
 
     def _reduce(self, per_microbatch: Sequence[MetricSums]) -> dict[str, float]:
         mine = MetricSums()

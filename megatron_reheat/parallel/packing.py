@@ -8,7 +8,7 @@ wherever the next token is not part of a response.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,6 +18,11 @@ from torch import Tensor
 from megatron_reheat.types import FloatArray, TrainBatch, TrainSequence
 
 Aggregation = Literal["token_mean", "sequence_mean"]
+
+
+_PER_TOKEN = (
+    "tokens", "position_ids", "targets", "loss_mask", "loss_weights", "advantages", "old_logprobs", "rollout_logprobs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,10 @@ class MicroBatch:
             index: flat[start:end][mask[start:end]]
             for index, start, end in zip(self.sequence_indices, borders, borders[1:], strict=False)
         }
+
+    def at(self, positions: Tensor | slice) -> MicroBatch:
+        """What a loss needs, at some positions only; the packing (`cu_seqlens`) stays that of the whole micro-batch."""
+        return replace(self, **{name: getattr(self, name)[positions] for name in _PER_TOKEN})
 
 
 def make_microbatches(

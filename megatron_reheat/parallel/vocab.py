@@ -11,13 +11,15 @@ an online softmax. With z the logits, m their global maximum and d = z - m:
     KL(q || p_T)  = (1 - 1/T) M1 - A1 + AT      d/dz_v = (1 - 1/T) q_v (d_v - M1)
 
 The backward pass needs only the merged scalars, so no tensor of the logits' size outlives the forward pass except the logits
-themselves (`VocabLogits`), or none at all (`VocabHead`, which makes them again chunk by chunk). Scalars are kept in float64:
-entropies of 1e-4 nats and their gradients stay exact to float32 rounding.
+themselves (`VocabLogits`), or none at all: `VocabHead` makes them again chunk by chunk, and `head_loss`, for a loss that is a
+sum over tokens, is done with a chunk before it makes the next. Scalars are kept in float64: entropies of 1e-4 nats and their
+gradients stay exact to float32 rounding.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -206,6 +208,68 @@ class VocabHead(Vocabulary):
         local = None if local is None else local[rows]
         answers = _FromHead.apply(hidden[rows], self.weight, local, question, self)
         return tuple(a.new_zeros(hidden.size(0)).index_copy(0, rows, a).view(shape) for a in answers)
+
+
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    loss: Callable[[VocabLogits, slice], Tensor],
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+    *,
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+) -> Tensor:
+    """A loss that is a sum over tokens, from hidden states and the head's weight: forward and backward chunk by chunk.
+
+    `loss` sees the logits of one chunk and which rows of `hidden` they belong to, and returns its share. Its gradient is
+    taken while the chunk's logits still exist, so that the head costs three matrix products, not the four of `VocabHead`,
+    whose backward pass makes the logits again.
+
+    Args:
+        hidden: [N, H], otherwise as for `VocabHead`.
+        weight: [V/TP, H]. Where it has Megatron's `main_grad`, the gradient is added there at once; the result must then
+            enter the total loss with factor one, which the backward pass checks.
+
+    Returns:
+        The sum of the shares, a scalar that carries gradient to `hidden` and `weight`.
+    """
+    total: Tensor = _HeadLoss.apply(hidden, weight, loss, vocab_size, group, chunk_tokens)
+    return total
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        loss: Callable[[VocabLogits, slice], Tensor],
+        vocab_size: int,
+        group: dist.ProcessGroup | None,
+        chunk_tokens: int,
+    ) -> Tensor:
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight, returned = _weight_gradient(weight)
+        total = torch.zeros((), dtype=compute_dtype(hidden), device=hidden.device)
+        for rows in _chunks(hidden.size(0), chunk_tokens):
+            logits = _head_logits(hidden[rows], weight).requires_grad_()
+            with torch.enable_grad():
+                value = loss(VocabLogits(logits, vocab_size, group, overwrite=True), rows)
+            (gradient,) = torch.autograd.grad(value, logits)
+            gradient = gradient.to(weight.dtype)
+            torch.mm(gradient, weight, out=grad_hidden[rows])
+            _add_outer(grad_weight, gradient, hidden[rows])
+            total += value.detach()
+        ctx.save_for_backward(grad_hidden, None if returned is None else returned.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> Any:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_weight is None:
+            torch._assert_async(factor == 1, "a loss whose head gradient is in main_grad must not be scaled")
+            return grad_hidden, None, None, None, None, None
+        return grad_hidden * factor, grad_weight * factor, None, None, None, None
 
 
 class _FromLogits(torch.autograd.Function):

@@ -113,6 +113,8 @@ def _sums(logits: Tensor, temperature: float) -> Tensor:
     exp = shifted.exp()
     s1 = exp.sum(-1, dtype=torch.float64)
     w1 = exp.mul_(shifted).sum(-1, dtype=torch.float64)
+    if temperature == 1:
+        return torch.stack([maximum.double(), s1, w1, s1, w1])
     tempered = torch.mul(shifted, 1.0 / temperature, out=exp).exp_()
     s_t = tempered.sum(-1, dtype=torch.float64)
     w_t = tempered.mul_(shifted).sum(-1, dtype=torch.float64)

@@ -43,6 +43,7 @@ def shard_sums(out: Tensor, logits: Tensor, local_targets: Tensor | None, temper
         columns,
         1.0 / temperature,
         HAS_TARGETS=local_targets is not None,
+        TEMPERED=temperature != 1,
     )
 
 
@@ -105,7 +106,7 @@ if triton is not None:
         # the tuner runs a kernel many times, and `out` may be the logits
         return triton.autotune(choices, key=["columns"], restore_value=restore)
 
-    @_autotune([(4096, 8), (2048, 4), (8192, 16), (8192, 8), (16384, 16)], restore=[])
+    @_autotune([(4096, 8), (4096, 16), (2048, 4), (2048, 8), (8192, 16)], restore=[])
     @triton.jit
     def _shard_sums_kernel(
         logits,
@@ -116,13 +117,14 @@ if triton is not None:
         columns,
         inverse_temperature,
         HAS_TARGETS: tl.constexpr,
+        TEMPERED: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         """One program a row. Every lane keeps its own four sums, relative to the row's running maximum."""
         row = tl.program_id(0).to(tl.int64)
         start = logits + row * logits_stride
         lanes = tl.arange(0, BLOCK)
-        maximum = _LOWEST
+        maximum = tl.full((), _LOWEST, tl.float32)
         s1 = tl.zeros((BLOCK,), tl.float32)
         w1 = tl.zeros((BLOCK,), tl.float32)
         s_t = tl.zeros((BLOCK,), tl.float32)
@@ -133,17 +135,21 @@ if triton is not None:
             higher = tl.maximum(maximum, tl.max(z, axis=0))
             down = maximum - higher
             scale = tl.exp(down)
-            tempered_scale = tl.exp(down * inverse_temperature)
             maximum = higher
             d = z - maximum
             # a comparison that is false for NaN, which therefore stays
             d = tl.where(d < _NO_PROBABILITY, _NO_PROBABILITY, d)
             e = tl.exp(d)
-            t = tl.exp(d * inverse_temperature)
             w1 = (w1 + s1 * down) * scale + e * d
             s1 = s1 * scale + e
-            w_t = (w_t + s_t * down) * tempered_scale + t * d
-            s_t = s_t * tempered_scale + t
+            if TEMPERED:
+                tempered_scale = tl.exp(down * inverse_temperature)
+                t = tl.exp(d * inverse_temperature)
+                w_t = (w_t + s_t * down) * tempered_scale + t * d
+                s_t = s_t * tempered_scale + t
+        if not TEMPERED:
+            s_t = s1
+            w_t = w1
         out += row
         tl.store(out, maximum.to(tl.float64))
         tl.store(out + out_stride, tl.sum(s1.to(tl.float64), axis=0))
@@ -154,7 +160,7 @@ if triton is not None:
             target = tl.load(targets + row)
             owned = (target >= 0) & (target < columns)
             value = tl.load(start + target, mask=owned, other=0.0)
-            tl.store(out + 5 * out_stride, value.to(tl.float64))
+            tl.store(out + 5 * out_stride, value.to(tl.float32).to(tl.float64))
 
     @triton.jit
     def _expm1_of_negative(x):

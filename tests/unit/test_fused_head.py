@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_reheat.losses import fused_logprobs, fused_tempered_kl, tempered_kl, vocab_logprobs
+from megatron_reheat.parallel.vocab import VocabLogits, head_loss
 from megatron_reheat.parallel.vocab_triton import INTERPRETED
 from tests.reference import dense_kl, dense_logprobs, relative_error
 
@@ -153,3 +154,40 @@ def test_only_a_chunk_of_logits_exists_at_a_time():
             fused_tempered_kl(hidden, weight, temperature=1.2, chunk_tokens=32).kl.sum().backward()
         largest[num_tokens] = mode.elements
     assert largest[64] == largest[512] == 32 * 4096
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_loss_taken_chunk_by_chunk_has_the_same_value_and_gradients(dtype):
+    weights = torch.rand(NUM_TOKENS) + 0.5
+    hidden, weight, targets = inputs(dtype)
+    result = fused_logprobs(hidden, weight, targets, temperature=0.8)
+    expected = (weights * (result.logprobs.exp() + 0.1 * result.entropy)).sum()
+    (3 * expected).backward()
+    again, weight_again, _ = inputs(dtype)
+
+    def loss(vocab: VocabLogits, rows: slice) -> Tensor:
+        logprobs, entropy = vocab.logprobs(targets[rows], temperature=0.8)
+        return (weights[rows] * (logprobs.exp() + 0.1 * entropy)).sum()
+
+    value = head_loss(again, weight_again, loss, VOCAB, chunk_tokens=5)
+    (3 * value).backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
+    assert relative_error(again.grad, hidden.grad) < tolerance
+    assert relative_error(weight_again.grad, weight.grad) < tolerance
+
+
+def test_a_scaled_loss_is_refused_where_the_gradient_is_in_megatrons_buffer():
+    hidden, weight, targets = inputs()
+
+    def loss(vocab: VocabLogits, rows: slice) -> Tensor:
+        return vocab.logprobs(targets[rows]).logprobs.sum()
+
+    head_loss(hidden, weight, loss, VOCAB, chunk_tokens=5).backward()
+    buffered = weight.detach().clone().requires_grad_()
+    buffered.main_grad = torch.zeros(VOCAB, HIDDEN)
+    head_loss(hidden.detach().requires_grad_(), buffered, loss, VOCAB, chunk_tokens=5).backward()
+    assert buffered.grad is None
+    assert relative_error(buffered.main_grad, weight.grad) < 1e-6
+    with pytest.raises(RuntimeError, match="must not be scaled"):
+        (2 * head_loss(hidden, buffered, loss, VOCAB)).backward()

@@ -1,4 +1,6 @@
-"""The Triton kernels on the CPU: Triton's interpreter runs every test of the plain backend, in a process of its own."""
+"""The Triton kernels without a GPU: their arithmetic in Triton's interpreter, and their compilation for a GPU."""
+
+from __future__ import annotations
 
 import os
 import subprocess
@@ -7,28 +9,62 @@ from pathlib import Path
 
 import pytest
 
+from megatron_reheat.parallel import vocab_triton
+
+triton = pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+
 HERE = Path(__file__).parent
 SHARED_TESTS = ("test_tempered_kl.py", "test_fused_head.py", "test_vocab_properties.py")
+# runs pytest in this very process, so that the calls that reach the kernels are counted
+PROGRAM = """
+import sys, pytest
+from megatron_reheat.parallel import vocab_triton
+calls = []
+for name in ("shard_sums", "write_gradient"):
+    def counted(*args, kernel=getattr(vocab_triton, name), name=name):
+        calls.append(name)
+        return kernel(*args)
+    setattr(vocab_triton, name, counted)
+status = pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]])
+reached = {name: calls.count(name) for name in ("shard_sums", "write_gradient")}
+print(reached)
+sys.exit(status or min(reached.values()) < 100)
+"""
 
 
 def test_the_kernels_pass_every_test_of_the_plain_backend():
-    pytest.importorskip("triton", reason="triton is not installed: pip install triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(HERE / t) for t in SHARED_TESTS)]
-    program = (
-        "import sys, pytest, torch\n"
-        "from megatron_reheat.parallel import vocab_triton\n"
-        "calls = []\n"
-        "for name in ('shard_sums', 'write_gradient'):\n"
-        "    def counted(*args, kernel=getattr(vocab_triton, name), name=name):\n"
-        "        calls.append(name)\n"
-        "        return kernel(*args)\n"
-        "    setattr(vocab_triton, name, counted)\n"
-        "status = pytest.main(sys.argv[1:])\n"
-        "print('kernel calls', calls.count('shard_sums'), calls.count('write_gradient'))\n"
-        "sys.exit(status or min(calls.count('shard_sums'), calls.count('write_gradient')) < 100)\n"
-    )
-    command[1:3] = ["-c", program]
     result = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=500
+        [sys.executable, "-c", PROGRAM, *(str(HERE / name) for name in SHARED_TESTS)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("kernel", "constants"),
+    [
+        (vocab_triton._shard_sums_kernel, {"HAS_TARGETS": True, "TEMPERED": True}),
+        (vocab_triton._gradient_kernel, {"HAS_TARGET": True, "HAS_ENTROPY": True, "HAS_CONTRAST": True}),
+    ],
+    ids=["shard_sums", "gradient"],
+)
+def test_the_kernels_compile_for_hopper(kernel, constants, dtype):
+    """To machine code, which needs no GPU: the interpreter accepts programs that the compiler refuses."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.fn.arg_names
+    types = {
+        "logits": f"*{dtype}", "targets": "*i64", "rows": "*fp32", "inverse_temperature": "fp32",
+        "out": "*fp64" if kernel is vocab_triton._shard_sums_kernel else f"*{dtype}",
+    }  # fmt: skip
+    constants = {**constants, "BLOCK": 4096}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    positions = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel.fn, signature=signature, constexprs=positions)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    assert len(compiled.asm["cubin"]) > 1000
