@@ -16,6 +16,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_reheat", "megatron_reheat.*"]),
+    package_data={"megatron_reheat.cluster": ["*.template"]},
     install_requires=[
         "datasets",
         "math-verify[antlr4_13_2]",

@@ -201,6 +201,9 @@ class OptimizerConfig(Section):
 class CheckpointConfig(Section):
     every: int = Field(default=50, ge=0, description="steps; 0 saves only at the end")
     keep: int = Field(default=2, gt=0, description="most recent checkpoints that stay on disk")
+    keep_best: Literal["eval/avg_at_k", "eval/pass_at_k"] | None = Field(
+        default=None, description="also keep the checkpoint of the best evaluation by this metric, as checkpoints/best"
+    )
 
 
 class LoggingConfig(Section):
@@ -313,6 +316,8 @@ def _cross_field_problems(c: Config) -> Iterator[str]:
             f"{c.parallel.microbatch_tokens}; one sequence must fit one micro-batch: raise parallel.microbatch_tokens "
             "or lower eval.max_tokens"
         )
+    if c.checkpoint.keep_best and c.eval.data is None:
+        yield "checkpoint.keep_best needs eval.data, the held-out prompts to evaluate on"
     if c.rl.overlong_buffer > c.rollout.max_tokens:
         yield f"rl.overlong_buffer {c.rl.overlong_buffer} exceeds rollout.max_tokens {c.rollout.max_tokens}; lower it"
     if c.sft.steps and c.data.solution_template is None:
@@ -329,7 +334,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     tree = _read_tree(Path(path), seen=())
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return parse_config(tree)
 
 
@@ -376,7 +381,12 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets one `section.key=value` in `tree`; the value is YAML.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not of the form key=value (e.g. rl.group_size=16)")

@@ -1,5 +1,9 @@
 """Errors meant for the user: one line that names the key, file or process and the way out."""
 
+from __future__ import annotations
+
+import sys
+
 
 class ReheatError(RuntimeError):
     """Something at run time that the user can act on; printed without a traceback by the command line.
@@ -26,3 +30,7 @@ class WeightSyncError(ReheatError):
 
 class NonFiniteLossError(ReheatError):
     """The loss or its gradients stayed NaN or infinite for too many steps in a row."""
+
+
+def print_error(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -138,7 +138,21 @@ def load_prompts(
     records = list(read_records(config, seed_offset))
     if not records:
         raise ConfigError(f"data.source {config.source}: {config.path or config.name} holds no records")
+    return make_prompts(config, tokenizer, records, reward_kind=reward_kind)
 
+
+def make_prompts(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    *,
+    reward_kind: RewardKind = "math",
+) -> PromptDataset:
+    """What `load_prompts` does after reading: renders and tokenizes `records`.
+
+    Raises:
+        ConfigError: naming the key and the record at fault; also when no prompt is left.
+    """
     texts = [_render_prompt(config, tokenizer, record, i) for i, record in enumerate(records)]
     token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     prompts = []

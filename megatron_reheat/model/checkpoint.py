@@ -2,6 +2,7 @@
 
     checkpoints/step-120/        Megatron's shards (weights, optimizer), state.json (the stages' state), manifest.json (digests)
     checkpoints/latest           the name of the newest complete one
+    checkpoints/best             the name of the one with the best evaluation (`checkpoint.keep_best`)
 
 Training draws no random numbers outside seeds derived from (run seed, step), so no generator state needs to be kept.
 """
@@ -23,26 +24,47 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_reheat.errors import ReheatError
 from megatron_reheat.model.engine import Engine
+from megatron_reheat.parallel.topology import Topology
 
 _LATEST = "latest"
+_BEST = "best"
 _STATE = "state.json"
 _MANIFEST = "manifest.json"
 
 
-def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
-    """Writes `folder/step-<step>`, points `latest` at it and removes all but the newest `keep`. A collective.
+def save_checkpoint(
+    engine: Engine, folder: Path, step: int, state: dict[str, Any], *, keep: int, is_best: bool = False
+) -> Path:
+    """Writes `folder/step-<step>`, points `latest` at it and removes all but the newest `keep` and the best. A collective.
 
-    A process killed at any moment leaves the previous checkpoint and `latest` intact.
+    With `is_best`, `best` points at it too, and it stays until a later one is saved as that. A process killed at any moment
+    leaves the previous checkpoint and `latest` intact.
     """
+    return _write(engine.topology, folder, step, _sharded_state(engine, is_loading=False), state, keep, is_best)
+
+
+def save_weights(module: Any, topology: Topology, folder: Path, state: dict[str, Any]) -> Path:
+    """Writes `folder/step-0` without an optimizer: a run that loads it starts with fresh moments. A collective."""
+    return _write(topology, folder, 0, {"model": module.sharded_state_dict(metadata=_metadata())}, state, keep=1)
+
+
+def _write(
+    topology: Topology,
+    folder: Path,
+    step: int,
+    sharded: dict[str, Any],
+    state: dict[str, Any],
+    keep: int,
+    is_best: bool = False,
+) -> Path:
     target, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
-    main = engine.topology.is_main
-    if main:
+    if topology.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    engine.topology.barrier()
-    dist_checkpointing.save(_sharded_state(engine, is_loading=False), str(partial))
-    engine.topology.barrier()
-    if main:
+    topology.barrier()
+    dist_checkpointing.save(sharded, str(partial))
+    topology.barrier()
+    if topology.is_main:
         (partial / _STATE).write_text(json.dumps(state, indent=1))
         manifest = {p.name: _digest(p) for p in sorted(partial.iterdir())}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -50,15 +72,19 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
             _fsync(path)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-        _point_latest(folder, target.name)
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    engine.topology.barrier()
+        if is_best:
+            # first: `latest` must never name a state that knows of a best which `best` does not
+            _point(folder, _BEST, target.name)
+        _point(folder, _LATEST, target.name)
+        remove_old_checkpoints(folder, keep)
+    topology.barrier()
     return target
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path) -> dict[str, Any]:
     """Restores weights and optimizer, resharding if the layout differs, and returns the stages' state. A collective.
+
+    A checkpoint by `save_weights` has no optimizer; its moments then stay as they are, which is zero in a new engine.
 
     Raises:
         ReheatError: the checkpoint is incomplete or a file differs from its manifest.
@@ -66,6 +92,10 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> dict[str, Any]:
     error = verify_checkpoint(checkpoint) if engine.topology.is_main else None
     if engine.topology.any(error is not None):
         raise ReheatError(error or f"{checkpoint} failed verification on the main rank")
+    if "optimizer" not in dist_checkpointing.load_common_state_dict(str(checkpoint)):
+        load_weights(engine.module, checkpoint)
+        engine.optimizer.reload_model_params()
+        return read_state(checkpoint)
     _ensure_optimizer_state(engine)
     loaded = dist_checkpointing.load(_sharded_state(engine, is_loading=True), str(checkpoint))
     engine.module.load_state_dict(loaded["model"])
@@ -73,6 +103,12 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> dict[str, Any]:
         engine.optimizer.load_state_dict(loaded["optimizer"])
     _unshare_steps(engine)
     return read_state(checkpoint)
+
+
+def load_weights(module: Any, checkpoint: Path) -> None:
+    """Fills an unwrapped model from a checkpoint, whose optimizer is not read. A collective."""
+    sharded = {"model": module.sharded_state_dict(metadata=_metadata())}
+    module.load_state_dict(dist_checkpointing.load(sharded, str(checkpoint))["model"])
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -90,11 +126,23 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint under `folder`, or None."""
-    pointer = folder / _LATEST
-    if pointer.is_file() and (folder / pointer.read_text().strip()).is_dir():
-        return folder / pointer.read_text().strip()
+    if (named := _named_by(folder, _LATEST)) is not None:
+        return named
     complete = list_checkpoints(folder)
     return complete[-1] if complete else None
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint under `folder` with the best evaluation, or None when none was kept as that."""
+    return _named_by(folder, _BEST)
+
+
+def remove_old_checkpoints(folder: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints and the best one."""
+    best = best_checkpoint(folder)
+    for old in list_checkpoints(folder)[:-keep]:
+        if old != best:
+            shutil.rmtree(old)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -107,19 +155,27 @@ def verify_checkpoint(checkpoint: Path) -> str | None:
     manifest_path = checkpoint / _MANIFEST
     if not manifest_path.is_file():
         return f"{checkpoint} has no {_MANIFEST}: it is not a complete checkpoint; use an earlier one"
-    for name, digest in json.loads(manifest_path.read_text()).items():
+    try:
+        manifest = dict(json.loads(manifest_path.read_text()))
+    except (ValueError, TypeError):
+        return f"{manifest_path} is damaged; use an earlier checkpoint"
+    for name, digest in manifest.items():
         path = checkpoint / name
         if not path.is_file() or _digest(path) != digest:
             return f"{path} is missing or damaged (its digest differs from {_MANIFEST}); use an earlier checkpoint"
     return None
 
 
-def _sharded_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
-    metadata = {
+def _metadata() -> dict[str, Any]:
+    return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         "chained_optim_avoid_prefix": True,
     }
+
+
+def _sharded_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
+    metadata = _metadata()
     model = engine.module.sharded_state_dict(metadata=metadata)
     optimizer = engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer}
@@ -188,11 +244,17 @@ def _digest(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def _point_latest(folder: Path, name: str) -> None:
-    temporary = folder / f".{_LATEST}.partial"
+def _named_by(folder: Path, pointer: str) -> Path | None:
+    path = folder / pointer
+    named = folder / path.read_text().strip() if path.is_file() else folder
+    return named if named != folder and named.is_dir() else None
+
+
+def _point(folder: Path, pointer: str, name: str) -> None:
+    temporary = folder / f".{pointer}.partial"
     temporary.write_text(name)
     _fsync(temporary)
-    os.replace(temporary, folder / _LATEST)
+    os.replace(temporary, folder / pointer)
     _fsync(folder)
 
 

@@ -132,12 +132,8 @@ class HFReader:
         return self._open[name]
 
 
-def check_weights(hf: Any, reader: HFReader) -> None:
-    """Refuses a folder that lacks tensors of the architecture in its configuration, by name.
-
-    Raises:
-        ConfigError: naming the first few.
-    """
+def tensor_names(hf: Any) -> list[str]:
+    """What a folder with configuration `hf` must hold, those of one layer next to each other; a tied head is left out."""
     names = {n for _, hf_names in _OUTER.values() for n in hf_names}
     if hf.tie_word_embeddings:
         names.remove("lm_head.weight")
@@ -145,7 +141,17 @@ def check_weights(hf: Any, reader: HFReader) -> None:
     if hf.model_type != "qwen3":
         of_layer -= {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
     names |= {f"model.layers.{i}.{n}" for i in range(hf.num_hidden_layers) for n in of_layer}
-    missing = sorted(names - reader.names())
+    return sorted(names)
+
+
+def check_weights(hf: Any, reader: HFReader) -> None:
+    """Refuses a folder that lacks tensors of the architecture in its configuration, by name.
+
+    Raises:
+        ConfigError: naming the first few.
+    """
+    held = reader.names()
+    missing = [name for name in tensor_names(hf) if name not in held]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ConfigError(
@@ -173,6 +179,19 @@ def _rule(model: GPTModel, name: str) -> tuple[Kind, tuple[str, ...]]:
     index = model.decoder.layers[int(layer[1])].layer_number - 1
     kind, hf_names = _LAYER[layer[2]]
     return kind, tuple(f"model.layers.{index}.{n}" for n in hf_names)
+
+
+def whole_model_rules(num_layers: int) -> Iterator[tuple[str, int | None, Kind, tuple[str, ...]]]:
+    """(Megatron name, layer, rule, Hugging Face names) of every parameter that some supported model has.
+
+    Where the layer is not None, the Megatron name is the one inside a layer. Spellings of the same parameter follow each
+    other: a model has one of them.
+    """
+    for name, (kind, hf_names) in _OUTER.items():
+        yield name, None, kind, hf_names
+    for layer in range(num_layers):
+        for name, (kind, hf_names) in _LAYER.items():
+            yield name, layer, kind, tuple(f"model.layers.{layer}.{n}" for n in hf_names)
 
 
 @torch.no_grad()
@@ -220,7 +239,7 @@ def _to_shard(
             return torch.cat([own, own.new_zeros(rows - len(own), *own.shape[1:])])
 
 
-def _to_hf(
+def to_hf_tensors(
     plan: ParameterPlan, shards: Sequence[Tensor], attention: AttentionShape, vocab_size: int
 ) -> Iterator[tuple[str, Tensor]]:
     """All shards of a parameter -> its named Hugging Face tensors."""
@@ -276,7 +295,7 @@ class HFExporter:
                 # all of it is here: nothing to gather, and no copy to make
                 for plan in bucket:
                     whole = self._parameters[plan.name].detach()
-                    yield from _to_hf(plan, [whole], self._attention, self._vocab_size)
+                    yield from to_hf_tensors(plan, [whole], self._attention, self._vocab_size)
                 continue
             shards = self._collect(stage, bucket)
             if not topology.is_replica_leader:
@@ -286,7 +305,7 @@ class HFExporter:
                 raw = shards[:, offset : offset + plan.num_bytes]
                 offset += plan.num_bytes
                 own = [r.contiguous().view(plan.dtype).view(plan.shape) for r in raw]
-                yield from _to_hf(plan, own, self._attention, self._vocab_size)
+                yield from to_hf_tensors(plan, own, self._attention, self._vocab_size)
 
     def _collect(self, stage: int, bucket: Sequence[ParameterPlan]) -> Tensor:
         """[TP, bucket bytes] uint8 on the leader; whatever on the others."""

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_reheat.config import Config
 from megatron_reheat.data.prompts import PromptCursor, PromptDataset, check_vocabulary, load_prompts
+from megatron_reheat.data.tokenizer import read_tokenizer, stop_token_ids
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.model.checkpoint import latest_checkpoint, read_state
 from megatron_reheat.model.hf_weights import HFReader, check_weights
 from megatron_reheat.model.provider import check_layout, read_hf_config, resolve_hf_folder
 from megatron_reheat.run_folder import RunFolder
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -53,20 +51,16 @@ def read_inputs(config: Config) -> Inputs:
     hf = read_hf_config(hf_folder)
     check_layout(hf, config)
     check_weights(hf, HFReader(hf_folder))
-    max_model_len = _context_length(config, hf.max_position_embeddings)
-    tokenizer = _read_tokenizer(hf_folder)
+    max_model_len = context_length(config, hf.max_position_embeddings)
+    tokenizer = read_tokenizer(hf_folder)
     check_vocabulary(tokenizer, hf.vocab_size)
-    stops = {tokenizer.eos_token_id, *_as_list(hf.eos_token_id)} - {None}
-    if not stops:
-        raise ConfigError(
-            f"{hf_folder}: neither tokenizer nor config.json names an eos token, so no response could end"
-        )
+    stops = stop_token_ids(hf, tokenizer, hf_folder)
     prompts = load_prompts(config.data, tokenizer, reward_kind=config.reward.kind)
     eval_prompts = None
     if config.eval.data is not None:
         held_out = load_prompts(config.eval.data, tokenizer, reward_kind=config.reward.kind)
         eval_prompts = held_out.without(prompts)
-    inputs = Inputs(hf_folder, tokenizer, prompts, eval_prompts, tuple(sorted(stops)), max_model_len, source, forked)
+    inputs = Inputs(hf_folder, tokenizer, prompts, eval_prompts, stops, max_model_len, source, forked)
     _check_place_in_data(config, inputs)
     return inputs
 
@@ -94,22 +88,7 @@ def _check_place_in_data(config: Config, inputs: Inputs) -> None:
             cursor.load_state(state[key])
 
 
-def _read_tokenizer(hf_folder: Path) -> PreTrainedTokenizerBase:
-    # without these files transformers makes up a tokenizer with an empty vocabulary
-    if not any((hf_folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ConfigError(
-            f"model.hf_path: {hf_folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); save the tokenizer "
-            "next to the model"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(hf_folder)
-    except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        raise ConfigError(
-            f"model.hf_path: the tokenizer in {hf_folder} cannot be read ({str(error).splitlines()[0]}); save it again"
-        ) from None
-
-
-def _context_length(config: Config, model_limit: int) -> int:
+def context_length(config: Config, model_limit: int) -> int:
     """Longest prompt plus longest response, which the engine's context must hold."""
     train = config.data.max_prompt_tokens
     sequences = {"data.max_prompt_tokens + rollout.max_tokens": train + config.rollout.max_tokens}
@@ -129,7 +108,3 @@ def _context_length(config: Config, model_limit: int) -> int:
         whose = "rollout.max_model_len" if chosen else "the model's context (max_position_embeddings)"
         raise ConfigError(f"{keys} = {needed} tokens exceeds {whose}, {chosen or model_limit}; lower one of them")
     return chosen or needed
-
-
-def _as_list(value: Any) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]

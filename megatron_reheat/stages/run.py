@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,11 +31,15 @@ from megatron_reheat.stages.policy import Policy
 from megatron_reheat.stages.reheat import ReheatStage
 from megatron_reheat.stages.rlvr import RLVRStage
 from megatron_reheat.stages.sft import SFTStage
+from megatron_reheat.stop_request import stop_requested
 
 
 @dataclass
 class RunState:
-    """What a checkpoint keeps besides weights and optimizer. `step` counts every stage's steps, the warm start's first."""
+    """What a checkpoint keeps besides weights and optimizer. `step` counts every stage's steps, the warm start's first.
+
+    `best` holds the best evaluation so far by the metric's name (`checkpoint.keep_best`).
+    """
 
     step: int = 0
     policy_version: int = 0
@@ -41,10 +47,14 @@ class RunState:
     controller: dict[str, Any] = field(default_factory=lambda: ControllerState().to_json())
     cursor: dict[str, Any] | None = None
     sft_cursor: dict[str, Any] | None = None
+    best: dict[str, float] = field(default_factory=dict)
 
 
-def train(config: Config) -> None:
+def train(config: Config) -> bool:
     """Runs `config` to its end, from its own latest checkpoint, another run's (`run.fork_from`) or the start.
+
+    Returns:
+        False when it was asked to stop before the end (`stop_request`); everything is saved then.
 
     Raises:
         ReheatError: with one clear sentence; checkpoints written so far stay valid.
@@ -52,9 +62,12 @@ def train(config: Config) -> None:
     inputs = read_inputs(config)
     topology = parallel_topology.initialize(config)
     with _Helpers(config, topology, inputs) as helpers:
-        Run(config, topology, inputs, helpers.sampler, helpers.verifiers).go()
+        ended = Run(config, topology, inputs, helpers.sampler, helpers.verifiers).go()
+    if not ended:
+        topology.barrier()  # a launcher takes the first rank that leaves early for a failure and ends the others
     # only after success: a rank that failed must not wait for the others to leave the groups with it
     parallel_topology.finalize()
+    return ended
 
 
 class _Helpers:
@@ -115,7 +128,8 @@ class Run:
         self._saved_step = -1
         self._build_stages()
 
-    def go(self) -> None:
+    def go(self) -> bool:
+        """Returns whether the run came to its end; False when it was asked to stop."""
         source, forked = self._restore()
         total = self.config.sft.steps + self.config.run.steps
         with RunLogger(
@@ -130,14 +144,23 @@ class Run:
                 self.logger.log_event(
                     f"nothing to do: {self.state.step} of {total} steps are done (run.steps)", "yellow"
                 )
-                return
+                return True
             if forked and (text := self._follow(self.controller.judge_rl())):
                 self.logger.log_event(text)
             if self.state.step == 0 and not self.config.sft.steps:
                 self._log(0, "rlvr", self._evaluate())
             while self.state.step < total and not self.controller.state.stopped:
+                if self.topology.any(stop_requested()):
+                    self._stop()
+                    return False
                 self._step()
             self._save()
+            return True
+
+    def _stop(self) -> None:
+        if self.state.step:  # else there is nothing yet that a fresh start would not make again
+            self._save()
+        self.logger.log_event(f"asked to stop after step {self.state.step}; the same command goes on from there")
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -163,8 +186,17 @@ class Run:
         if stage != "sft" or border or step % config.sft.log_every == 0 or step == 1:
             self._log(step, stage, metrics, round_, event)
         self.logger.write_rollouts(step, outcome.groups, self._decode, config.logging.rollouts_per_step)
-        if config.checkpoint.every and step % config.checkpoint.every == 0:
-            self._save()
+        is_best = self._is_best(metrics)
+        if is_best or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            self._save(is_best)
+
+    def _is_best(self, metrics: Mapping[str, float]) -> bool:
+        """Whether this step's evaluation, if there was one, is the run's best yet; the first of equals counts."""
+        name = self.config.checkpoint.keep_best
+        if name is None or name not in metrics or metrics[name] <= self.state.best.get(name, -math.inf):
+            return False
+        self.state.best[name] = metrics[name]
+        return True
 
     def _reheat_or_rl(self, step: int, stage: str) -> tuple[StepOutcome, Verdict]:
         if stage == "reheat":
@@ -222,11 +254,12 @@ class Run:
             self._saved_step = -1 if forked else self.state.step
         if forked:
             self.controller.state.stopped = False
+            self.state.best = {}  # the other run's best checkpoint is not in this folder
         report = self.policy.publish(self.state.policy_version)
         self._first_sync = report
         return ("the Hugging Face folder" if source is None else str(source)), forked
 
-    def _save(self) -> None:
+    def _save(self, is_best: bool = False) -> None:
         if self._saved_step == self.state.step:
             return
         self.state.policy_version = self.policy.version
@@ -239,6 +272,7 @@ class Run:
             self.state.step,
             asdict(self.state),
             keep=self.config.checkpoint.keep,
+            is_best=is_best,
         )
         self._saved_step = self.state.step
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor
 
 from tests.reference import LOGIT_CASES, TEMPERATURES, dense_kl, dense_logprobs, make_logits, relative_error
@@ -287,6 +289,56 @@ def sampler_agreement(folder: Path, log_folder: Path, **layout: Any) -> list[dic
         return results
 
 
+def converted_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each run: `--from-hf`, load that under the run's layout, take a step, save, `--to-hf` (of the start too).
+
+    The main rank converts, alone, before and after the job. Returns by rank whether the loaded weights were those of the
+    Hugging Face folder, and what the main rank's conversions reported.
+    """
+    from megatron_reheat.parallel import topology
+    from megatron_reheat.stages.convert import from_hf, to_hf
+
+    main = os.environ["RANK"] == "0"
+    if main:  # the others wait for it to join the job
+        with outside_any_job():
+            for run in runs:
+                from_hf(str(run["folder"]), run["start"])
+    exact = [_train_from_converted(run) for run in runs]
+    dist.barrier()
+    topology.finalize()
+    messages = []
+    if main:
+        with outside_any_job():
+            for run in runs:
+                to_hf(run["start"], run["round_trip"], verify=False)
+                messages.append(to_hf(run["run"], run["out"], shard_gb=1e-4))
+    return {"started_exact": exact, "messages": messages}
+
+
+def _train_from_converted(run: dict[str, Any]) -> bool:
+    from megatron_reheat.losses.reheat import sft_loss
+    from megatron_reheat.model.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+    from megatron_reheat.run_folder import RunFolder
+
+    folder = RunFolder(run["run"])
+    with running_engine(run["folder"], **run["layout"]) as engine:
+        original = {n: t.clone() for n, t in engine.iter_hf_weights()}
+        engine.restore({n: torch.zeros_like(t) for n, t in engine.snapshot().items()})
+        state = load_checkpoint(engine, latest_checkpoint(RunFolder(run["start"]).checkpoints))
+        loaded = dict(engine.iter_hf_weights())
+        exact = all(torch.equal(loaded[n], t) for n, t in original.items())
+        engine.update(random_batch(seed=9), sft_loss, lr=1e-2, weight_decay=0.0)
+        save_checkpoint(engine, folder.checkpoints, 1, {**state, "step": 1, "policy_version": 1}, keep=1)
+        exported = {n: t.clone() for n, t in engine.iter_hf_weights()}
+        # a step from what was loaded, in the optimizer's main parameters too
+        exact &= all(torch.allclose(exported[n], t, rtol=0.01, atol=0.02) for n, t in original.items())
+        if engine.topology.is_main:
+            tree = {"model": {"hf_path": str(run["folder"])}, "run": {"name": folder.path.name}}
+            folder.config.write_text(yaml.safe_dump(tree))
+            torch.save(exported, folder.path / "exported.pt")
+    return exact
+
+
 # -- shared pieces -------------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +377,16 @@ class running_engine:
 
         dist.barrier()
         parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def outside_any_job() -> Iterator[None]:
+    """The process as a user starts it, without the variables that make it a rank."""
+    hidden = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def random_batch(seed: int, vocab_size: int = 131) -> Any:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.e2e import runs
 
+KEEP_BEST = "checkpoint.keep_best=eval/avg_at_k"
 STAGES = ["rlvr", "rlvr", "reheat", "reheat", "reheat", "rlvr", "rlvr"]
 
 
@@ -27,7 +28,7 @@ def root(tmp_path_factory):
 def whole(root):
     """One uninterrupted run through every stage; the others are compared with it."""
     config = runs.write_recipe(runs.recipe(root / "model", root), root / "whole.yaml")
-    result = runs.reheat("train", str(config), "run.name=whole")
+    result = runs.reheat("train", str(config), "run.name=whole", KEEP_BEST)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     return config, root / "whole", result
 
@@ -64,7 +65,10 @@ def test_run_folder_is_complete_and_the_terminal_is_readable(whole):
     _, folder, result = whole
     assert (folder / "config.yaml").is_file() and any((folder / "tensorboard").iterdir())
     assert (folder / "rollouts" / "step-000007.jsonl").is_file()
-    assert sorted(p.name for p in (folder / "checkpoints").glob("step-*")) == ["step-11", "step-12", "step-13"]
+    accuracies = {s["step"]: s["eval/avg_at_k"] for s in runs.steps_of(folder) if "eval/avg_at_k" in s}
+    best = max(accuracies, key=lambda step: accuracies[step])  # the first of equals
+    assert (folder / "checkpoints" / "best").read_text() == f"step-{best}"
+    assert {p.name for p in (folder / "checkpoints").glob("step-*")} == {f"step-{s}" for s in (best, 11, 12, 13)}
     lines = result.stdout.splitlines()
     assert sum(bool(re.match(r"(rlvr|reheat)\s+\d+/13", line)) for line in lines) == 7
     assert any("ready" in line and "first weight sync" in line for line in lines)
@@ -81,7 +85,7 @@ def test_a_report_is_drawn_from_it(whole):
 def test_nothing_is_done_twice_when_a_finished_run_is_started_again(whole):
     config, folder, _ = whole
     before = runs.steps_of(folder)
-    result = runs.reheat("train", str(config), "run.name=whole")
+    result = runs.reheat("train", str(config), "run.name=whole", KEEP_BEST)
     assert result.returncode == 0 and "nothing to do" in result.stdout
     assert runs.steps_of(folder) == before
 
@@ -89,17 +93,18 @@ def test_nothing_is_done_twice_when_a_finished_run_is_started_again(whole):
 def test_killed_in_the_middle_of_reheating_it_resumes_bit_exactly(whole):
     config, folder, _ = whole
     killed = folder.parent / "killed"
-    process = runs.start("train", str(config), "run.name=killed")
+    process = runs.start("train", str(config), "run.name=killed", KEEP_BEST)
     try:
         _wait_for(lambda: any(s["stage"] == "reheat" for s in runs.steps_of(killed)), process)
     finally:
         runs.kill(process)
     done = len(runs.steps_of(killed))
-    resumed = runs.reheat("train", str(config), "run.name=killed")
+    resumed = runs.reheat("train", str(config), "run.name=killed", KEEP_BEST)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     expected, actual = runs.steps_of(folder), runs.steps_of(killed)
     assert done < len(expected)
     assert [runs.numbers_of(s) for s in actual] == [runs.numbers_of(s) for s in expected]
+    assert (killed / "checkpoints" / "best").read_text() == (folder / "checkpoints" / "best").read_text()
 
 
 @pytest.fixture(scope="module")

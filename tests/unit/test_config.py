@@ -76,7 +76,7 @@ def test_a_config_error_is_both_ours_and_a_value_error() -> None:
             recipe(eval={"data": {"path": "p", "max_prompt_token": 9}}),
             "eval.data.max_prompt_token: unknown key; did you mean 'max_prompt_tokens'?",
         ),
-        (recipe(checkpoint={"zzz": 1}), "checkpoint.zzz: unknown key; known keys: every, keep"),
+        (recipe(checkpoint={"zzz": 1}), "checkpoint.zzz: unknown key; known keys: every, keep, keep_best"),
     ],
 )
 def test_unknown_keys_come_with_a_suggestion(tree: dict[str, Any], message: str) -> None:
@@ -259,6 +259,8 @@ def test_bad_overrides_are_refused(tmp_path: Path, override: str, message: str) 
             ["eval.data.max_prompt_tokens + eval.max_tokens = 10240", "parallel.microbatch_tokens 10239"],
         ),
         (recipe(rl={"overlong_buffer": 4097}), ["rl.overlong_buffer 4097 exceeds rollout.max_tokens 4096"]),
+        (recipe(checkpoint={"keep_best": "eval/avg_at_k"}), ["checkpoint.keep_best needs eval.data"]),
+        (recipe(checkpoint={"keep_best": "reward/mean"}), ["checkpoint.keep_best: ", "'eval/avg_at_k'"]),
         (recipe(sft={"steps": 1}), ["sft.steps needs data.solution_template"]),
         (recipe(parallel={"sequence_parallel": True}), ["parallel.sequence_parallel needs parallel.tensor > 1"]),
     ],
@@ -274,6 +276,7 @@ def test_fields_that_disagree_are_named(tree: dict[str, Any], keys: list[str]) -
         {"rl": {"prompts_per_step": 64, "minibatch_prompts": 32}},
         {"rollout": {"max_model_len": 6144}, "parallel": {"microbatch_tokens": 6144}},
         {"rl": {"overlong_buffer": 4096}},
+        {"checkpoint": {"keep_best": "eval/pass_at_k"}, "eval": {"data": {"path": "h"}}},
         {"parallel": {"sequence_parallel": True, "tensor": 2}},
         {"parallel": {"microbatch_tokens": 10240}, "eval": {"data": {"path": "h"}}},
         {"data": {"path": "p", "solution_template": "{answer}"}, "sft": {"steps": 1}},

@@ -19,16 +19,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parallel": {"base"},
     **{sibling: {"base", "parallel"} for sibling in SIBLINGS},
     "analysis.passk": {"base"},
+    "cluster": {"base", "model", "stages"},
     "stages": {"base", "parallel", *SIBLINGS, "analysis.passk"},
     "analysis": {"base", "parallel", *SIBLINGS, "stages", "analysis.passk"},
-    "cli": {"base", "parallel", *SIBLINGS, "stages", "analysis", "analysis.passk"},
+    "evaluation": {"base", "model", "rewards", "rollout", "data", "analysis.passk"},
+    "cli": {"base", "parallel", *SIBLINGS, "stages", "analysis", "analysis.passk", "evaluation", "cluster"},
 }
 
 # Foreign module -> the layers that may import it; every other layer may not.
 CONFINED = {
     "megatron": {"parallel", "model"},
     "vllm": {"rollout"},
-    "torch.distributed": set(MAY_IMPORT) - {"base", "losses", "rewards", "data"},
+    "torch.distributed": set(MAY_IMPORT) - {"base", "losses", "rewards", "data", "evaluation"},
 }
 
 
@@ -107,6 +109,7 @@ def test_every_folder_is_a_known_layer() -> None:
         ("stages/a.py", "from megatron_reheat.cli import main", "megatron_reheat.cli.main"),
         ("stages/a.py", "from megatron_reheat.analysis import report", "megatron_reheat.analysis.report"),
         ("analysis/a.py", "from megatron_reheat.cli import main", "megatron_reheat.cli.main"),
+        ("evaluation/a.py", "from megatron_reheat.stages import run", "megatron_reheat.stages.run"),
         ("analysis/passk.py", "from megatron_reheat.stages import run", "megatron_reheat.stages.run"),
     ],
 )

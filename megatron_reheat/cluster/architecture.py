@@ -1,0 +1,115 @@
+"""The few numbers of a model that memory and time follow from, without its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_reheat.config import ModelConfig
+from megatron_reheat.errors import ConfigError
+from megatron_reheat.model.provider import head_dim, read_hf_config, resolve_hf_folder
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A dense decoder with grouped-query attention and a gated MLP, under Hugging Face's attribute names."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    qk_norm: bool = True
+
+    @classmethod
+    def from_hf(cls, hf: Any) -> Architecture:
+        return cls(
+            hidden_size=hf.hidden_size,
+            intermediate_size=hf.intermediate_size,
+            num_hidden_layers=hf.num_hidden_layers,
+            num_attention_heads=hf.num_attention_heads,
+            num_key_value_heads=hf.num_key_value_heads,
+            head_dim=head_dim(hf),
+            vocab_size=hf.vocab_size,
+            tie_word_embeddings=hf.tie_word_embeddings,
+            max_position_embeddings=hf.max_position_embeddings,
+            qk_norm=hf.model_type == "qwen3",
+        )
+
+    @property
+    def query_width(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Of the keys; the values are as wide."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Of one layer's attention and MLP: what tensor parallelism splits and matmuls read."""
+        attention = 2 * (self.query_width + self.kv_width) * self.hidden_size
+        return attention + 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def norm_parameters(self) -> int:
+        return 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+
+    @property
+    def head_parameters(self) -> int:
+        """Of the embedding, and of the LM head as well where the two are not tied."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        layers = self.num_hidden_layers * (self.matrix_parameters + self.norm_parameters)
+        return layers + (1 if self.tie_word_embeddings else 2) * self.head_parameters + self.hidden_size
+
+    def kv_bytes_per_token(self, bytes_per_value: int) -> int:
+        return 2 * self.num_hidden_layers * self.kv_width * bytes_per_value
+
+
+def _qwen3(hidden: int, mlp: int, layers: int, heads: int, *, tied: bool) -> Architecture:
+    return Architecture(hidden, mlp, layers, heads, 8, 128, 151_936, tied, max_position_embeddings=32_768)
+
+
+# From the models' published config.json files, for machines that cannot reach the hub. The instruct models' context is longer
+# (40,960): the smaller number of the base models is on the safe side.
+QWEN3 = {
+    "Qwen3-0.6B": _qwen3(1024, 3072, 28, 16, tied=True),
+    "Qwen3-1.7B": _qwen3(2048, 6144, 28, 16, tied=True),
+    "Qwen3-4B": _qwen3(2560, 9728, 36, 32, tied=True),
+    "Qwen3-8B": _qwen3(4096, 12288, 36, 32, tied=False),
+    "Qwen3-14B": _qwen3(5120, 17408, 40, 40, tied=False),
+    "Qwen3-32B": _qwen3(5120, 25600, 64, 64, tied=False),
+}
+LLAMA_31_8B = Architecture(4096, 14336, 32, 32, 8, 128, 128_256, False, 131_072, qk_norm=False)
+
+
+def read_architecture(config: ModelConfig) -> Architecture:
+    """From the folder's config.json, the built-in table for Qwen3's hub names, or config.json alone from the hub.
+
+    Raises:
+        ConfigError: no such folder, an unsupported architecture, or a hub name that cannot be looked up from here.
+    """
+    name = config.hf_path
+    owner, _, model = name.rpartition("/")
+    if owner == "Qwen" and not Path(name).exists() and (known := QWEN3.get(model.removesuffix("-Base"))):
+        return known
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return Architecture.from_hf(read_hf_config(resolve_hf_folder(config)))
+    from huggingface_hub import hf_hub_download
+
+    try:
+        folder = Path(hf_hub_download(name, "config.json")).parent
+    except Exception as error:  # the hub client raises many kinds; all mean that the file is not to be had
+        raise ConfigError(
+            f"model.hf_path: {name} is not a local folder, its config.json cannot be fetched ({type(error).__name__}), and "
+            f"its numbers are not built in (Qwen/ {', '.join(QWEN3)} are); point it at a folder with the model's config.json"
+        ) from None
+    return Architecture.from_hf(read_hf_config(folder))

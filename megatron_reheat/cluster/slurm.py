@@ -1,0 +1,201 @@
+"""Batch jobs for Slurm: a script that a cluster user can read and edit, made from a recipe and submitted."""
+
+from __future__ import annotations
+
+import shlex
+import string
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_reheat.config import Config, load_config
+from megatron_reheat.errors import ConfigError, ReheatError
+from megatron_reheat.stop_request import REQUEUE_EXIT_CODE
+
+TEMPLATE = Path(__file__).parent / "job.sbatch.template"
+
+
+class JobTemplate(string.Template):
+    """Placeholders are `@@{name}`, so that the shell's own `$` stays as it is."""
+
+    delimiter = "@@"
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """What `reheat slurm` was asked for.
+
+    `arms` are further recipes beside `config`; with `seeds`, every recipe runs once per seed. Each of these runs is one task
+    of a job array. `cpu_tasks` replaces GPUs by that many processes a node.
+    """
+
+    config: Path
+    nodes: int
+    command: Sequence[str]
+    overrides: Sequence[str] = ()
+    arms: Sequence[Path] = ()
+    seeds: Sequence[int] = ()
+    gpus_per_node: int = 8
+    cpu_tasks: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+    container: str | None = None
+    venv: Path | None = None
+    notice_s: int = 120
+    logs: Path = Path("runs/slurm")
+    template: Path = TEMPLATE
+
+    @property
+    def per_node(self) -> int:
+        return self.gpus_per_node if self.cpu_tasks is None else self.cpu_tasks
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    script: str
+
+
+def make_job(request: JobRequest) -> Job:
+    """Checks every run of the job and writes the script's text; touches no file.
+
+    Raises:
+        ConfigError: a recipe is wrong, does not fit nodes x processes, or would write into another one's run folder.
+    """
+    _check(request)
+    runs = [_arguments(*run, request) for run in _runs(request)]
+    configs = [_load(path, overrides, request) for path, *overrides in runs]
+    _check_folders(configs)
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in _run_name(request.config, request))
+    try:
+        script = JobTemplate(request.template.read_text()).substitute(
+            command=shlex.join(request.command).replace("\n", " "),
+            job_name=name,
+            nodes=request.nodes,
+            options="\n".join(f"#SBATCH --{option}" for option in _sbatch_options(request, len(runs))),
+            signal=f"B:USR1@{request.notice_s}",
+            runs="\n".join(f"    {i}) run=({shlex.join(run)}) ;;" for i, run in enumerate(runs)),
+            logs=shlex.quote(str(request.logs)),
+            environment=f"source {shlex.quote(str(request.venv))}/bin/activate" if request.venv else "",
+            requeue_code=REQUEUE_EXIT_CODE,
+            srun_options=_container_options(request),
+            python="python" if request.venv else "python3" if request.container else shlex.quote(sys.executable),
+            per_node=request.per_node,
+        )
+    except OSError as error:
+        raise ConfigError(f"--template {request.template} cannot be read: {error.strerror}") from None
+    except KeyError as error:
+        raise ConfigError(f"--template {request.template}: unknown placeholder @@{{{error.args[0]}}}") from None
+    except ValueError as error:
+        raise ConfigError(f"--template {request.template}: {error}; write @@@@ for a literal @@") from None
+    return Job(name, script)
+
+
+def write_job(job: Job, path: Path, logs: Path) -> None:
+    """Writes the script, with an older one of other content kept beside it as NAME.previous, and makes the log folder.
+
+    Raises:
+        ReheatError: one of them cannot be written.
+    """
+    try:
+        logs.mkdir(parents=True, exist_ok=True)  # Slurm does not make the folder of --output, and the job would fail
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.read_text() != job.script:
+            path.replace(path.with_name(path.name + ".previous"))
+        path.write_text(job.script)
+    except OSError as error:
+        raise ReheatError(f"cannot write {path} or {logs}: {error.strerror}; change --out or --logs") from None
+
+
+def submit(script: Path) -> str:
+    """Hands the file to sbatch; returns what it answered.
+
+    Raises:
+        ReheatError: there is no sbatch here, or it refused the job.
+    """
+    try:
+        done = subprocess.run(["sbatch", str(script)], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise ReheatError(f"no sbatch on this machine; run `sbatch {script}` on a login node of the cluster") from None
+    if done.returncode:
+        raise ReheatError(f"sbatch refused {script}: {done.stderr.strip()}; edit it or change the options")
+    return done.stdout.strip()
+
+
+def _check(request: JobRequest) -> None:
+    numbers = {"--nodes": request.nodes, "--gpus-per-node": request.gpus_per_node, "--cpu-tasks": request.cpu_tasks}
+    for option, number in {**numbers, "--requeue-signal-s": request.notice_s}.items():
+        if number is not None and number < 1:
+            raise ConfigError(f"{option} {number} must be at least 1")
+    for option, value in (("--seeds", request.seeds), ("--arms", request.arms)):
+        if len(set(value)) < len(value):
+            raise ConfigError(f"{option} names one of its values twice; name each once")
+    if request.notice_s > 65535:
+        raise ConfigError(f"--requeue-signal-s {request.notice_s} is above Slurm's limit of 65535 seconds")
+
+
+def _runs(request: JobRequest) -> Iterator[tuple[Path, int | None]]:
+    for config in (request.config, *request.arms):
+        for seed in request.seeds or (None,):
+            yield config, seed
+
+
+def _arguments(config: Path, seed: int | None, request: JobRequest) -> list[str]:
+    arguments = [str(config), *request.overrides]
+    if seed is None:
+        return arguments
+    return [*arguments, f"run.seed={seed}", f"run.name={_run_name(config, request)}-seed{seed}"]
+
+
+def _run_name(config: Path, request: JobRequest) -> str:
+    return load_config(config, request.overrides).run.name
+
+
+def _load(path: str, overrides: Sequence[str], request: JobRequest) -> Config:
+    config = load_config(path, overrides)
+    world_size = request.nodes * request.per_node
+    option = "--gpus-per-node" if request.cpu_tasks is None else "--cpu-tasks"
+    try:
+        config.data_parallel(world_size)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path} does not fit --nodes {request.nodes} x {option} {request.per_node}: {error}"
+        ) from None
+    return config
+
+
+def _check_folders(configs: Sequence[Config]) -> None:
+    folders = [config.run.path for config in configs]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise ConfigError(
+                f"two runs of the array would write to {folder}; give each recipe a run.name of its own and put {{name}} "
+                "into run.folder"
+            )
+
+
+def _sbatch_options(request: JobRequest, num_runs: int) -> Iterator[str]:
+    if request.cpu_tasks is None:
+        yield f"gpus-per-node={request.gpus_per_node}"
+        yield "exclusive"  # all cores and all memory: without it Slurm gives the node's one task a single core
+        yield "mem=0"
+    else:
+        yield f"cpus-per-task={request.cpu_tasks}"
+    for option, value in (("partition", request.partition), ("account", request.account), ("time", request.time)):
+        if value is not None:
+            yield f"{option}={shlex.quote(value)}"
+    if num_runs > 1:
+        yield f"array=0-{num_runs - 1}"
+    yield f"output={shlex.quote(str(request.logs / ('%x-%A_%a.log' if num_runs > 1 else '%x-%j.log')))}"
+
+
+def _container_options(request: JobRequest) -> str:
+    """Pyxis, which most clusters with containers have; with Apptainer put `apptainer exec --nv IMAGE` before python."""
+    if request.container is None:
+        return ""
+    return (
+        f'--container-image={shlex.quote(request.container)} --container-mounts="$PWD:$PWD" --container-workdir="$PWD"'
+    )

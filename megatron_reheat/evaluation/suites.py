@@ -1,0 +1,273 @@
+"""The evaluation suites: where each one's problems come from, which columns they are in, and how they become prompts.
+
+A suite is read from the hub, or from `DATA_ROOT/<suite>/`: the `*.jsonl` files in it, else its `*.parquet` files, else its
+`*.csv` files, with the hub's columns. reasoning-gym makes its own problems: `reasoning_gym:TASK`, or
+`reasoning_gym:TASK:OPTIONS` with a YAML (or JSON) mapping of the task's options, `size` and `seed` among them.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import itertools
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from megatron_reheat.config import DataConfig
+from megatron_reheat.data.prompts import PromptDataset, RewardKind, make_prompts
+from megatron_reheat.data.sources import Record, read_records
+from megatron_reheat.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BOXED = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+LETTER = "\n\nPlease reason step by step, and put the letter of the right option within \\boxed{}."
+TAGGED = "\n\nPlease reason step by step, and put your final answer between <answer> and </answer>."
+LETTERS = "ABCD"
+GYM: Literal["reasoning_gym"] = "reasoning_gym"
+# far from the small seeds of training recipes, so that no problem is met in both
+GYM_SEED = 2026
+# fixed: every model and every sampling seed meets the options of a question in the same order
+OPTION_SEED = 0
+PROMPT_KEY = "reheat_prompt"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """`wrong_keys` makes a multiple-choice suite: columns of the wrong options, `answer_key` being that of the right one."""
+
+    hub_id: str
+    split: str
+    question_key: str
+    answer_key: str
+    license: str
+    config: str | None = None
+    suffix: str = BOXED
+    wrong_keys: tuple[str, ...] = ()
+    gated: bool = False
+
+
+# Hub names and columns as public code that loads these datasets has them; the hub was out of reach where this was written,
+# so only the columns of aime24 were seen on the dataset's own page. A column that is not there is an error by name.
+SUITES = {
+    "math500": Suite("HuggingFaceH4/MATH-500", "test", "problem", "answer", "MIT (that of MATH)"),
+    "aime24": Suite("HuggingFaceH4/aime_2024", "train", "problem", "answer", "none stated; problems (c) MAA"),
+    "aime25": Suite("math-ai/aime25", "test", "problem", "answer", "Apache-2.0; problems (c) MAA"),
+    "aime26": Suite("MathArena/aime_2026", "train", "problem", "answer", "see its page; problems (c) MAA"),
+    "amc23": Suite("math-ai/amc23", "test", "question", "answer", "see its page; problems (c) MAA"),
+    "olymmath_en_easy": Suite("RUC-AIBOX/OlymMATH", "test", "problem", "answer", "MIT", config="en-easy"),
+    "olymmath_en_hard": Suite("RUC-AIBOX/OlymMATH", "test", "problem", "answer", "MIT", config="en-hard"),
+    # Its authors ask that the questions never appear in plain text on the web: keep samples-gpqa_diamond.jsonl private.
+    "gpqa_diamond": Suite(
+        "Idavidrein/gpqa",
+        "train",
+        "Question",
+        "Correct Answer",
+        "CC-BY-4.0, gated",
+        config="gpqa_diamond",
+        suffix=LETTER,
+        wrong_keys=("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"),
+        gated=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SuitePrompts:
+    """A suite ready to be sampled; `source` says where its problems are from, `file_name` is its name as part of a file's."""
+
+    name: str
+    source: str
+    reward_kind: RewardKind
+    prompts: PromptDataset
+
+    @property
+    def file_name(self) -> str:
+        return re.sub(r"[^\w.-]+", "_", self.name).strip("_")
+
+
+def load_suites(
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str,
+    limit: int | None = None,
+    data_root: Path | None = None,
+) -> list[SuitePrompts]:
+    """The first `limit` problems of each suite as prompts.
+
+    `template` is `chat` (the tokenizer's chat template), `raw` (the question as it is), both with a sentence that asks for
+    the form of answer that is graded; or a text of one's own with the record's fields in braces, and nothing added.
+
+    Raises:
+        ConfigError: naming the suite and the option, file, record or hub dataset at fault.
+    """
+    if template not in ("chat", "raw") and "{" not in template:
+        raise ConfigError(
+            f"--template {template!r} must be chat, raw, or a text with {{fields}} of the problem's record"
+        )
+    if template == "chat" and not tokenizer.chat_template:
+        raise ConfigError("--template chat: the model's tokenizer has no chat template; use --template raw")
+    for name in names:
+        if not name.startswith(f"{GYM}:") and name not in SUITES:
+            raise ConfigError(_unknown(name))
+    suites = [_load(name, tokenizer, template, limit, data_root) for name in names]
+    files = [suite.file_name for suite in suites]
+    if twice := [name for name, file in zip(names, files, strict=True) if files.count(file) > 1]:
+        raise ConfigError(f"--suite {twice[0]} is named twice; name each suite once")
+    return suites
+
+
+def _load(
+    name: str, tokenizer: PreTrainedTokenizerBase, template: str, limit: int | None, data_root: Path | None
+) -> SuitePrompts:
+    kind: RewardKind = "math" if name in SUITES else "reasoning_gym"
+    try:
+        records = _posed(name, limit, data_root) if name in SUITES else _gym_records(name, limit)
+        prompts = make_prompts(_rendering(name, template), tokenizer, records, reward_kind=kind)
+    except ConfigError as error:
+        reason = " ".join(str(error).replace("data.raw_template", "--template").split())
+        raise ConfigError(f"suite {name}: {reason}") from None
+    return SuitePrompts(name, _source(name, data_root), kind, prompts)
+
+
+def _rendering(name: str, template: str) -> DataConfig:
+    """How records become text, in the words of the training data's configuration."""
+    return DataConfig(
+        source="datasets" if name in SUITES else GYM,
+        name=name if name in SUITES else name.split(":")[1],
+        template="chat" if template == "chat" else "raw",
+        raw_template=f"{{{PROMPT_KEY}}}" if template == "raw" else template,
+        prompt_key=PROMPT_KEY,
+        max_prompt_tokens=2**31,
+    )
+
+
+def _source(name: str, data_root: Path | None) -> str:
+    if name not in SUITES:
+        return "reasoning-gym"
+    suite = SUITES[name]
+    place = suite.hub_id if data_root is None else f"{data_root / name}, a copy of {suite.hub_id}"
+    return f"{place}, config {suite.config or 'default'}, split {suite.split} (license: {suite.license})"
+
+
+def _unknown(name: str) -> str:
+    known = [*SUITES, f"{GYM}:TASK"]
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return f"unknown suite {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}")
+
+
+# -- hub datasets ----------------------------------------------------------------------------------------------------
+
+
+def _posed(name: str, limit: int | None, data_root: Path | None) -> list[Record]:
+    """A suite's records with the prompt and, under `answer`, what the grader compares with."""
+    suite = SUITES[name]
+    if data_root is not None:
+        place, records = str(data_root / name), _local_records(data_root / name)
+    else:
+        place, records = suite.hub_id, _hub_records(name, suite, limit)
+    posed = [_pose(suite, record, i, place) for i, record in enumerate(itertools.islice(records, limit))]
+    if not posed:
+        raise ConfigError(f"{place} holds no problems")
+    return posed
+
+
+def _pose(suite: Suite, record: Record, index: int, place: str) -> Record:
+    for key in (suite.question_key, suite.answer_key, *suite.wrong_keys):
+        if record.get(key) in (None, ""):
+            state = "empty" if key in record else "missing"
+            columns = ", ".join(map(repr, record))
+            raise ConfigError(f"column {key!r} is {state} in record {index} of {place}; its columns are {columns}")
+    question, answer = str(record[suite.question_key]), str(record[suite.answer_key])
+    if suite.wrong_keys:
+        options = [answer, *(str(record[key]) for key in suite.wrong_keys)]
+        order = list(range(len(options)))
+        random.Random(f"{OPTION_SEED}/{index}").shuffle(order)
+        listed = (f"{letter}) {options[i].strip()}" for letter, i in zip(LETTERS, order, strict=True))
+        question, answer = "\n".join([question.strip() + "\n", *listed]), LETTERS[order.index(0)]
+    return {**record, PROMPT_KEY: question + suite.suffix, "answer": answer}
+
+
+def _hub_records(name: str, suite: Suite, limit: int | None) -> Iterator[Record]:
+    options = {"name": suite.config} if suite.config else {}
+    source = DataConfig(source="datasets", name=suite.hub_id, split=suite.split, options=options, size=limit)
+    try:
+        yield from read_records(source)
+    except ConfigError as error:
+        access = "check the network and HF_HUB_OFFLINE"
+        if suite.gated:
+            page = f"https://huggingface.co/datasets/{suite.hub_id}"
+            access = f"it is gated: accept its terms at {page} and log in (`hf auth login`)"
+        raise ConfigError(f"{error}; {access}, or put its files into DATA_ROOT/{name}/ and pass --data-root") from None
+
+
+def _local_records(folder: Path) -> Iterator[Record]:
+    files = next((found for kind in READERS if (found := sorted(folder.glob(f"*{kind}")))), [])
+    if not files:
+        state = f"has no file of {', '.join(READERS)}" if folder.is_dir() else "does not exist"
+        raise ConfigError(f"--data-root: {folder} {state}")
+    for file in files:
+        yield from READERS[file.suffix](file)
+
+
+def _jsonl_records(file: Path) -> Iterator[Record]:
+    return read_records(DataConfig(path=str(file)))
+
+
+def _parquet_records(file: Path) -> Iterator[Record]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        yield from parquet.read_table(file).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ConfigError(f"{file} cannot be read as parquet ({error}); copy it again") from None
+
+
+def _csv_records(file: Path) -> Iterator[Record]:
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            yield from csv.DictReader(lines)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{file} cannot be read as CSV ({error}); copy it again") from None
+
+
+READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _jsonl_records,
+    ".parquet": _parquet_records,
+    ".csv": _csv_records,
+}
+
+
+# -- reasoning-gym ---------------------------------------------------------------------------------------------------
+
+
+def _gym_records(name: str, limit: int | None) -> list[Record]:
+    """Entries as the task made them, which its scorer needs, with the prompt beside."""
+    _, task, *rest = name.split(":", 2)
+    options = _gym_options(rest[0]) if rest else {}
+    seed, size = options.pop("seed", GYM_SEED), options.pop("size", None)
+    sizes = [s for s in (size, limit) if s is not None]
+    try:
+        source = DataConfig(source=GYM, name=task, options=options, seed=seed, size=min(sizes, default=None))
+    except ValueError:
+        raise ConfigError(f"{GYM} needs a task, and whole numbers for size and seed, as in {GYM}:countdown") from None
+    return [{**entry, PROMPT_KEY: str(entry["question"]) + TAGGED} for entry in read_records(source)]
+
+
+def _gym_options(text: str) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(text)
+    except yaml.YAMLError:
+        options = None
+    if not isinstance(options, dict):
+        raise ConfigError(f"options {text!r} are not a YAML mapping; write {GYM}:countdown:'{{min_numbers: 3}}'")
+    return options

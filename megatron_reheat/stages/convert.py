@@ -1,0 +1,190 @@
+"""`reheat convert`: a checkpoint becomes a Hugging Face folder with its provenance, or the other way round."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from megatron_reheat.config import ModelConfig
+from megatron_reheat.data.tokenizer import read_tokenizer
+from megatron_reheat.errors import ConfigError, ReheatError
+from megatron_reheat.model.checkpoint import latest_checkpoint, read_state, verify_checkpoint
+from megatron_reheat.model.convert import (
+    GREEDY_TOKENS,
+    HFExport,
+    Reference,
+    compare_with_transformers,
+    megatron_reference,
+    write_checkpoint,
+)
+from megatron_reheat.model.model_card import model_card
+from megatron_reheat.model.provider import resolve_hf_folder
+from megatron_reheat.run_folder import RunFolder, read_config_tree
+from megatron_reheat.stages.run import RunState
+
+# (folder, prompts, number of tokens) -> token ids and log-probabilities of each prompt's greedy continuation
+GreedySampler = Callable[[Path, list[list[int]], int], list[tuple[list[int], list[float]]]]
+
+
+def to_hf(
+    source: Path,
+    out: Path,
+    *,
+    hf_source: str | None = None,
+    shard_gb: float = 4.0,
+    verify: bool = True,
+    engine: GreedySampler | None = None,
+) -> str:
+    """Writes `out` from a checkpoint, or from a run folder's latest; returns one sentence about it.
+
+    `out` appears when it is complete and verified, not before. Without `verify` memory stays near one shard; with it,
+    it is about twice the model in float32.
+
+    Args:
+        hf_source: folder (or hub name) of configuration and tokenizer; by default the run's `model.hf_path`.
+        engine: an inference engine whose greedy samples are compared too.
+
+    Raises:
+        ReheatError: something is missing, damaged or does not fit, or the result does not compute the same.
+    """
+    if shard_gb <= 0:
+        raise ConfigError(f"--shard-gb must be above 0, got {shard_gb:g}")
+    _refuse_existing(out)
+    run, checkpoint = _find_checkpoint(source)
+    hf_folder = _find_hf_folder(run, hf_source)
+    read_tokenizer(hf_folder)
+    state = read_state(checkpoint)
+    if problem := verify_checkpoint(checkpoint):
+        raise ReheatError(problem)
+    export = HFExport(checkpoint, hf_folder)
+    with _written_aside(out) as partial:
+        export.write(partial, shard_bytes=int(shard_gb * 1e9))
+        verified = "The weights were not verified (--no-verify)."
+        if verify:
+            verified = _verify(checkpoint, hf_folder, partial, engine)
+        card = model_card(
+            run,
+            state,
+            model_type=export.hf.model_type,
+            num_parameters=export.num_parameters,
+            dtype=str(export.dtype).removeprefix("torch."),
+            verified=verified,
+        )
+        (partial / "README.md").write_text(card)
+        num_files = len(list(partial.glob("*.safetensors")))
+    return f"{out}: {export.num_parameters / 1e6:,.2f}M parameters of {checkpoint} in {num_files} file(s). {verified}"
+
+
+def from_hf(hf_path: str, out: Path) -> str:
+    """Writes a run folder whose checkpoint `step-0` holds the weights of a Hugging Face folder (or hub name).
+
+    A run starts from it under any layout with `run.fork_from=OUT`; its optimizer starts fresh. Takes about
+    three times the model's memory: the file, the model and the copy that is being written.
+
+    Raises:
+        ReheatError: the folder is incomplete or of an unsupported architecture, or `out` exists.
+    """
+    _refuse_existing(out)
+    hf_folder = resolve_hf_folder(ModelConfig(hf_path=hf_path)).resolve()
+    read_tokenizer(hf_folder)
+    with _written_aside(out) as partial:
+        folder = RunFolder(partial)
+        dtype = write_checkpoint(hf_folder, folder.checkpoints, asdict(RunState()))
+        name = str(dtype).removeprefix("torch.")
+        # a hub name stays one, for the card of what comes of it
+        origin = str(hf_folder) if Path(hf_path).exists() else hf_path
+        tree = {"model": {"hf_path": origin, "dtype": name}, "run": {"name": out.name}}
+        folder.config.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return f"{out}: checkpoint step-0 with the weights of {hf_folder} in {name}; start from it with run.fork_from={out}"
+
+
+def _verify(checkpoint: Path, hf_folder: Path, converted: Path, engine: GreedySampler | None) -> str:
+    reference = megatron_reference(checkpoint, hf_folder)
+    gap = compare_with_transformers(converted, reference)
+    text = (
+        f"Verified: transformers' logits of {len(reference.prompts)} prompts equal Megatron's within {gap:.1e} "
+        f"(limit {reference.tolerance:.1e}, float32)"
+    )
+    if engine is not None:
+        samples = engine(converted, reference.prompts, GREEDY_TOKENS)
+        text += (
+            f"; vLLM's greedy tokens are the same, their log-probabilities within {_engine_gap(samples, reference):.1e}"
+        )
+    return f"{text}."
+
+
+def _engine_gap(samples: list[tuple[list[int], list[float]]], reference: Reference) -> float:
+    """Largest difference of log-probabilities; another token counts by how far it is from being the most likely."""
+    gap = 0.0
+    for index, (tokens, logprobs) in enumerate(samples):
+        expected, own = reference.logprobs(index), reference.continuations[index]
+        for position, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+            distance = abs(logprob - expected[position, own[position]].item())
+            gap = max(gap, distance) if distance == distance else float("inf")
+            if token != own[position]:
+                tie = (expected[position, own[position]] - expected[position, token]).item()
+                gap = max(gap, tie)
+                break  # from here on they continue different texts
+    if gap > reference.tolerance:
+        raise ReheatError(
+            f"vLLM's greedy samples of the converted model differ from the checkpoint's by {gap:.2g} in log-probability "
+            f"(limit {reference.tolerance:.2g})"
+        )
+    return gap
+
+
+def _find_checkpoint(source: Path) -> tuple[Path, Path]:
+    """(run folder, checkpoint) of a checkpoint or a run folder."""
+    if not source.is_dir():
+        raise ReheatError(f"{source} does not exist; name a checkpoint (runs/NAME/checkpoints/step-N) or a run folder")
+    run = RunFolder(source)
+    if not run.checkpoints.is_dir():
+        return source.resolve().parent.parent, source
+    checkpoint = latest_checkpoint(run.checkpoints)
+    if checkpoint is None:
+        raise ReheatError(f"{run.checkpoints} holds no complete checkpoint; let the run save one first")
+    return source, checkpoint
+
+
+def _find_hf_folder(run: Path, hf_source: str | None) -> Path:
+    model = read_config_tree(run).get("model")
+    hf_path = hf_source or (model.get("hf_path") if isinstance(model, dict) else None)
+    if not hf_path:
+        raise ConfigError(
+            f"{RunFolder(run).config} does not name the model (model.hf_path), whose configuration and tokenizer are "
+            "needed; keep the checkpoint in its run folder or give --hf-source FOLDER"
+        )
+    try:
+        return resolve_hf_folder(ModelConfig(hf_path=hf_path))
+    except ConfigError as error:
+        raise ConfigError(f"{error} (or give its present place with --hf-source FOLDER)") from None
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise ConfigError(f"{out} exists; nothing is overwritten: name another folder or remove it")
+
+
+@contextmanager
+def _written_aside(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name when all went well and is removed otherwise."""
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror}; name another folder") from None
+    try:
+        yield partial
+        partial.rename(out)
+    except OSError as error:
+        if error.errno is None:  # not the operating system's
+            raise
+        raise ReheatError(f"cannot write {out}: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

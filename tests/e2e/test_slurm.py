@@ -1,0 +1,188 @@
+"""Runs that are told to stop save, end with the requeue status and go on; under a batch script they do so by themselves.
+
+Only the scheduler is a stand-in (`sbatch`, `srun` and `scontrol` below): the script is the generated one, and the run is real,
+as two nodes of one process each.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_reheat.stop_request import REQUEUE_EXIT_CODE
+from tests.e2e import runs
+
+TOTAL = 13  # 6 warm-start and 7 other steps
+
+STAND_INS = {
+    # starts the script as job 7 and returns at once; its output is in job.log, its process id in job.pid
+    "sbatch": """
+script=$1
+name=$(sed -n 's/^#SBATCH --job-name=//p' "$script")
+nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$script")
+cp "$script" "$STAND_IN/script"
+SLURM_JOB_ID=7 SLURM_JOB_NAME=$name SLURM_NNODES=$nodes SLURM_JOB_NODELIST=localhost \\
+    setsid bash "$STAND_IN/script" >>"$STAND_IN/job.log" 2>&1 &
+echo $! >"$STAND_IN/job.pid"
+echo "Submitted batch job 7"
+""",
+    # one process a node, all on this machine; signals go on to every process of the step, which is the harsher of Slurm's
+    # two ways (proctrack/linuxproc; with cgroups only the tasks themselves get them)
+    "srun": """
+while [[ $1 == --* ]]; do
+    [[ $1 == --output=* ]] && output=${1#--output=}
+    shift
+done
+tasks=()
+tree() { local pid; for pid in $(ps -o pid= --ppid "$1"); do tree "$pid"; echo "$pid"; done; }
+pass_on() { kill -"$1" $(tree $$) 2>/dev/null; }
+trap 'pass_on USR1' USR1
+for ((node = 0; node < SLURM_NNODES; node++)); do
+    SLURM_NODEID=$node "$@" >>"${output/\\%n/$node}" 2>&1 &
+    tasks+=($!)
+done
+worst=0 running=${#tasks[@]}
+while ((running > 0)); do
+    unset finished
+    wait -n -p finished
+    status=$?
+    [[ -v finished ]] || continue  # a signal came
+    ((running--))
+    ((status > worst)) && worst=$status
+    ((status)) && kill -TERM "${tasks[@]}" 2>/dev/null  # --kill-on-bad-exit
+done
+exit "$worst"
+""",
+    "scontrol": """
+case $1 in
+    show) echo localhost ;;
+    requeue)
+        echo "$2" >>"$STAND_IN/requeued"
+        export SLURM_RESTART_COUNT=$(grep -c . "$STAND_IN/requeued")
+        setsid bash "$STAND_IN/script" >>"$STAND_IN/job.log" 2>&1 &
+        echo $! >"$STAND_IN/job.pid" ;;
+    *) exit 1 ;;
+esac
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("slurm")
+    runs.make_model_folder(root / "model")
+    tree = runs.recipe(root / "model", root)
+    # saves only when it must: what is not saved on notice is lost
+    tree["checkpoint"]["every"] = 0
+    runs.write_recipe({**tree, "eval": {}}, root / "recipe.yaml")
+    return root
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> dict[str, str]:
+    """The environment in which the stand-ins are the cluster; they keep their notes in `tmp_path`."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, body in STAND_INS.items():
+        (folder / name).write_text("#!/bin/bash\n" + body)
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "STAND_IN": str(tmp_path)}
+
+
+def test_a_batch_job_is_preempted_requeued_and_finishes(root: Path, tmp_path: Path, cluster: dict[str, str]) -> None:
+    run = root / "job"
+    submit(root, tmp_path, cluster, "run.name=job")
+    try:
+        wait_for(lambda: len(trained(run)) >= 2, tmp_path)
+        os.kill(job_pid(tmp_path), signal.SIGUSR1)  # what `#SBATCH --signal=B:USR1@...` does
+        wait_for(lambda: (tmp_path / "requeued").exists(), tmp_path)
+        assert (tmp_path / "requeued").read_text() == "7\n"
+        first = (tmp_path / "logs" / "job-7" / "node-0.log").read_text()
+        wait_for(lambda: (tmp_path / "job.log").read_text().count("run ended with status") == 2, tmp_path)
+    finally:
+        end_job(tmp_path)
+    text = (tmp_path / "job.log").read_text()
+    assert f"status {REQUEUE_EXIT_CODE};" in text and "status 0;" in text
+    stopped_after = int(re.search(r"asked to stop after step (\d+)", first)[1])
+    assert 8 <= stopped_after < TOTAL
+    assert [s["step"] for s in trained(run)] == list(range(7, TOTAL + 1))
+    assert not (run / "metrics.discarded.jsonl").exists()  # no step was done twice
+    assert {p.name for p in (tmp_path / "logs" / "job-7").iterdir()} == {"node-0.log", "node-1.log"}
+    outputs = [(tmp_path / "logs" / "job-7" / f"node-{node}.log").read_text() for node in (0, 1)]
+    assert f"checkpoints/step-{stopped_after}" in outputs[0]
+    assert not any("Traceback" in output or "error:" in output for output in outputs), "\n".join(outputs)[-3000:]
+
+
+def test_a_local_run_on_notice_saves_and_says_so_by_its_status(root: Path) -> None:
+    config, run = str(root / "recipe.yaml"), root / "local"
+    process = runs.start("train", config, "run.name=local")
+    try:
+        wait_for(lambda: len(trained(run)) >= 1, root)
+        process.send_signal(signal.SIGUSR1)
+        output, errors = process.communicate(timeout=300)
+    finally:
+        if process.poll() is None:
+            runs.kill(process)
+    assert process.returncode == REQUEUE_EXIT_CODE, errors[-3000:]
+    last = trained(run)[-1]["step"]
+    assert f"asked to stop after step {last}" in output and "Traceback" not in errors and "error:" not in errors
+    again = runs.reheat("train", config, "run.name=local", f"run.steps={last - 6 + 1}")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert [s["step"] for s in trained(run)] == list(range(7, last + 2))
+    assert not (run / "metrics.discarded.jsonl").exists()
+
+
+def test_a_failing_run_is_not_requeued(root: Path, tmp_path: Path, cluster: dict[str, str]) -> None:
+    submit(root, tmp_path, cluster, "run.name=broken", "model.hf_path=/nowhere/model")
+    try:
+        wait_for(lambda: "run ended with status" in (tmp_path / "job.log").read_text(), tmp_path)
+    finally:
+        end_job(tmp_path)
+    status = re.search(r"ended with status (\d+)", (tmp_path / "job.log").read_text())[1]
+    assert status in (
+        "1",
+        "143",
+    )  # srun reports the highest: a node that it ended for the other's failure has 128 + SIGTERM
+    assert not (tmp_path / "requeued").exists()
+    output = (tmp_path / "logs" / "broken-7" / "node-0.log").read_text()
+    assert "/nowhere/model" in output and output.count("error:") == 1 and "Traceback" not in output
+
+
+def submit(root: Path, folder: Path, cluster: dict[str, str], *overrides: str) -> None:
+    size = ("--nodes", "2", "--cpu-tasks", "1", "--logs", str(folder / "logs"))
+    result = runs.reheat("slurm", str(root / "recipe.yaml"), *overrides, *size, timeout_s=60, **cluster)
+    assert result.returncode == 0 and "Submitted batch job 7" in result.stdout, result.stderr
+
+
+def trained(run: Path) -> list[dict]:
+    return [s for s in runs.steps_of(run) if s["stage"] != "sft"]
+
+
+def job_pid(folder: Path) -> int:
+    return int((folder / "job.pid").read_text())
+
+
+def wait_for(condition: Callable[[], bool], folder: Path, timeout_s: float = 300.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            logs = [*folder.glob("job.log"), *folder.glob("logs/*/node-*.log")]
+            raise AssertionError("\n".join(f"== {p}\n{p.read_text()[-2000:]}" for p in logs))
+        time.sleep(0.05)
+
+
+def end_job(folder: Path) -> None:
+    """Leaves nothing running, whatever the test found."""
+    if psutil.pid_exists(job_pid(folder)):
+        script = psutil.Process(job_pid(folder))
+        processes = [*script.children(recursive=True), script]
+        for process in processes:
+            process.kill()
+        psutil.wait_procs(processes, timeout=10)

@@ -1,0 +1,276 @@
+"""What `reheat convert` refuses, reads and writes, on checkpoints made by torch's own writer; real ones: tests/distributed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from transformers import AutoModelForCausalLM
+
+from examples.countdown_cpu.make_model import make_tokenizer
+from megatron_reheat.cli import main
+from megatron_reheat.errors import ConfigError, ReheatError
+from megatron_reheat.model.checkpoint import _digest
+from megatron_reheat.model.checkpoint_reader import CheckpointReader
+from megatron_reheat.model.convert import Reference, compare_with_transformers
+from megatron_reheat.model.hf_weights import HFReader
+from megatron_reheat.model.model_card import model_card
+from megatron_reheat.stages.convert import _engine_gap, from_hf, to_hf
+from tests.tiny_models import VOCAB_SIZE, save_tiny_model
+
+# torch's writer says that it works without a process group, which is the point
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+LAYERS, HIDDEN, HEAD_DIM, GROUPS, PER_GROUP = 4, 48, 6, 4, 2
+PADDED = VOCAB_SIZE + 5
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory):
+    folder = save_tiny_model("llama", tmp_path_factory.mktemp("hf") / "llama")
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def megatron_tensors(hf_folder):
+    """The Llama folder's tensors as Megatron stores them, written out by hand."""
+    reader = HFReader(hf_folder)
+
+    def stack(make):
+        return torch.stack([make(f"model.layers.{i}") for i in range(LAYERS)])
+
+    def qkv(layer):
+        q, k, v = (reader.get(f"{layer}.self_attn.{n}_proj.weight") for n in "qkv")
+        rows = []
+        for group in range(GROUPS):
+            rows += [q[group * PER_GROUP * HEAD_DIM : (group + 1) * PER_GROUP * HEAD_DIM]]
+            rows += [k[group * HEAD_DIM : (group + 1) * HEAD_DIM], v[group * HEAD_DIM : (group + 1) * HEAD_DIM]]
+        return torch.cat(rows)
+
+    def padded(name):
+        return torch.cat([reader.get(name), torch.full((PADDED - VOCAB_SIZE, HIDDEN), 7.0)])
+
+    layers = {
+        "self_attention.linear_qkv.layer_norm_weight": lambda at: reader.get(f"{at}.input_layernorm.weight"),
+        "self_attention.linear_qkv.weight": qkv,
+        "self_attention.linear_proj.weight": lambda at: reader.get(f"{at}.self_attn.o_proj.weight"),
+        "mlp.linear_fc1.layer_norm_weight": lambda at: reader.get(f"{at}.post_attention_layernorm.weight"),
+        "mlp.linear_fc1.weight": lambda at: torch.cat(
+            [reader.get(f"{at}.mlp.{n}_proj.weight") for n in ("gate", "up")]
+        ),
+        "mlp.linear_fc2.weight": lambda at: reader.get(f"{at}.mlp.down_proj.weight"),
+    }
+    return {
+        "embedding.word_embeddings.weight": padded("model.embed_tokens.weight"),
+        "output_layer.weight": padded("lm_head.weight"),
+        "decoder.final_layernorm.weight": reader.get("model.norm.weight"),
+        **{f"decoder.layers.{name}": stack(make) for name, make in layers.items()},
+        "optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.zeros(HIDDEN),
+    }
+
+
+def save_run(run, hf_path, tensors):
+    checkpoint = run / "checkpoints" / "step-30"
+    checkpoint.mkdir(parents=True)
+    dcp.save(tensors, checkpoint_id=checkpoint, no_dist=True)
+    state = {"step": 30, "policy_version": 29, "controller": {"stage": "reheat", "round": 2}}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    manifest = {p.name: _digest(p) for p in checkpoint.iterdir()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    tree = {"model": {"hf_path": str(hf_path)}, "run": {"name": "trial"}, "reheat": {"teacher_temperature": 1.2}}
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    lines = [
+        {"step": 20, "entropy/mean": 0.5, "eval/pass_at_k": 0.75},
+        {"step": 30, "entropy/mean": 0.25},
+        {"step": 31, "entropy/mean": 9.0},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return checkpoint
+
+
+@pytest.fixture
+def run(tmp_path, hf_folder):
+    save_run(tmp_path / "trial", hf_folder, megatron_tensors(hf_folder))
+    return tmp_path / "trial"
+
+
+def test_layouts_are_undone_and_the_padding_is_dropped(run, hf_folder, tmp_path):
+    to_hf(run, tmp_path / "out", shard_gb=5e-5, verify=False)
+    original, converted = HFReader(hf_folder), HFReader(tmp_path / "out")
+    assert converted.names() == original.names()
+    for name in original.names():
+        assert torch.equal(converted.get(name), original.get(name)), name
+    shards = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 2 and all(p.stat().st_mode & 0o044 for p in shards)
+    _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values())
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_a_checkpoint_is_found_from_its_run_folder_and_by_itself(run, tmp_path):
+    by_run = to_hf(run, tmp_path / "a", verify=False)
+    by_checkpoint = to_hf(run / "checkpoints" / "step-30", tmp_path / "b", verify=False)
+    assert by_run.replace("/a:", "/b:") == by_checkpoint
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_the_reader_joins_chunks_and_refuses_gaps(run):
+    reader = CheckpointReader(run / "checkpoints" / "step-30")
+    assert not any(name.startswith("optimizer") for name in reader.shapes)
+    name = "decoder.layers.mlp.linear_fc2.weight"
+    whole = reader.read(name, 0, LAYERS)
+    assert torch.equal(reader.read(name, 1, 3), whole[1:3])
+    entry = reader._stored[name]
+    reader._stored[name] = replace(entry, chunks=[], size=entry.size)
+    with pytest.raises(ReheatError, match="in part only"):
+        reader.read(name, 0, 1)
+
+
+def edit_config(folder, target, **changes):
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    tree = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**tree, **changes}))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"intermediate_size": 96}, "linear_fc1.weight is 4 x 160 x 48 instead of 4 x 192 x 48"),
+        ({"num_hidden_layers": 6}, "instead of 6 x "),
+        ({"tie_word_embeddings": True}, "output_layer.weight in it, which that model does not have"),
+        ({"vocab_size": PADDED + 1}, f"embedding.word_embeddings.weight is {PADDED} x 48 instead of {PADDED + 1} x 48"),
+        ({"model_type": "qwen3", "head_dim": HEAD_DIM}, "no model.layers.0.self_attn.k_norm.weight in it"),
+        ({"model_type": "gpt2"}, "'gpt2' is not supported"),
+    ],
+    ids=str,
+)
+def test_another_architecture_is_named(run, hf_folder, tmp_path, changes, message):
+    other = edit_config(hf_folder, tmp_path / "other", **changes)
+    with pytest.raises(ConfigError) as error:
+        to_hf(run, tmp_path / "out", hf_source=str(other), verify=False)
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+def test_a_damaged_checkpoint_is_refused(run, tmp_path):
+    victim = max((run / "checkpoints" / "step-30").glob("*.distcp"), key=lambda p: p.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(ReheatError, match=rf"{victim.name} is missing or damaged"):
+        to_hf(run, tmp_path / "out", verify=False)
+    (run / "checkpoints" / "step-30" / "manifest.json").write_text("{")
+    with pytest.raises(ReheatError, match=r"manifest.json is damaged"):
+        to_hf(run, tmp_path / "out", verify=False)
+
+
+def test_what_is_missing_is_named(run, hf_folder, tmp_path):
+    with pytest.raises(ReheatError, match=r"nowhere does not exist; name a checkpoint"):
+        to_hf(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ReheatError, match="holds no complete checkpoint"):
+        to_hf(tmp_path / "empty", tmp_path / "out")
+    gone = edit_config(hf_folder, tmp_path / "gone")
+    for path in gone.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        to_hf(run, tmp_path / "out", hf_source=str(gone))
+    with pytest.raises(ConfigError, match=r"does not exist.*--hf-source"):
+        to_hf(run, tmp_path / "out", hf_source=str(tmp_path / "moved" / "away"))
+    (run / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"config.yaml does not name the model.*--hf-source"):
+        to_hf(run, tmp_path / "out")
+    (run / "checkpoints" / "step-30" / "state.json").unlink()
+    with pytest.raises(ReheatError, match=r"state.json is missing or damaged"):
+        to_hf(run, tmp_path / "out", hf_source=str(hf_folder))
+
+
+def test_nothing_is_overwritten(run, hf_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    for convert in (lambda: to_hf(run, tmp_path / "out"), lambda: from_hf(str(hf_folder), tmp_path / "out")):
+        with pytest.raises(ConfigError, match="exists; nothing is overwritten"):
+            convert()
+
+
+def test_from_hf_refuses_what_a_run_would_refuse(hf_folder, tmp_path):
+    with pytest.raises(ConfigError, match="'gpt2' is not supported"):
+        from_hf(str(edit_config(hf_folder, tmp_path / "gpt2", model_type="gpt2")), tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"lacks tensors .*model.layers.4"):
+        from_hf(str(edit_config(hf_folder, tmp_path / "deeper", num_hidden_layers=6)), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["--shard-gb", "0"], {}, "--shard-gb must be above 0"),
+        (["--no-verify", "--verify-vllm"], {}, "exclude each other"),
+        ([], {"WORLD_SIZE": "2"}, "start it without torchrun"),
+    ],
+)
+def test_the_command_line_gives_one_line(capsys, monkeypatch, tmp_path, arguments, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["convert", "--to-hf", str(tmp_path / "run"), str(tmp_path / "out"), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+@torch.no_grad()
+def test_wrong_weights_fail_the_comparison(hf_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32)
+    reference = Reference([[5, 6, 7]], [[8, 9]], [model(torch.tensor([[5, 6, 7, 8]])).logits[0]])
+    assert compare_with_transformers(hf_folder, reference) <= 1e-6
+    model.model.layers[2].mlp.up_proj.weight[3] += 0.5
+    model.save_pretrained(tmp_path / "wrong")
+    with pytest.raises(ReheatError, match="logits differ from the checkpoint's by"):
+        compare_with_transformers(tmp_path / "wrong", reference)
+    model.model.layers[2].mlp.up_proj.weight[3] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(ReheatError, match="by nan"):
+        compare_with_transformers(tmp_path / "nan", reference)
+
+
+def test_an_engine_may_break_ties_otherwise_but_not_differ():
+    logits = torch.tensor([[0.0, 5.0, 5.0 - 1e-5], [0.0, 9.0, 0.0]])
+    reference = Reference([[0]], [[1, 1]], [logits])
+    best = logits.log_softmax(-1)[:, 1].tolist()
+    assert _engine_gap([([1, 1], best)], reference) < 1e-6
+    assert _engine_gap([([2, 0], [best[0] - 1e-5, -3.0])], reference) < 1e-4  # after a tie the texts are others
+    for samples in (([0, 1], best), ([1, 1], [best[0], best[1] - 0.1]), ([1, 1], [best[0], float("nan")])):
+        with pytest.raises(ReheatError, match="vLLM's greedy samples"):
+            _engine_gap([samples], reference)
+
+
+def test_the_card_tells_where_the_model_comes_from(run):
+    state = json.loads((run / "checkpoints" / "step-30" / "state.json").read_text())
+    card = model_card(run, state, model_type="llama", num_parameters=12_345_678, dtype="bfloat16", verified="Checked.")
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["library_name"] == "transformers" and "base_model" not in front  # a folder is no name on the Hub
+    for line in (
+        "# trial, step 30",
+        "| policy_version | 29 |",
+        "| stage | reheat |",
+        "| reheat.teacher_temperature | 1.2 |",
+        "| entropy/mean | 0.25 | 30 |",  # not the later step's
+        "| eval/pass_at_k | 0.75 | 20 |",
+        f"| torch | {torch.__version__} |",
+    ):
+        assert line in card, line
+    assert "12.3M parameters in bfloat16" in card and "Checked." in card
+    assert yaml.safe_load(card.split("```yaml\n")[1].removesuffix("```\n"))["run"] == {"name": "trial"}
+
+
+def test_the_card_names_a_base_model_on_the_hub_and_does_without_metrics(run):
+    (run / "metrics.jsonl").unlink()
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": {"hf_path": "Qwen/Qwen3-4B-Base"}}))
+    card = model_card(run, {}, model_type="qwen3", num_parameters=1, dtype="float32", verified="")
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "Qwen/Qwen3-4B-Base"
+    assert "Last metrics" not in card

@@ -1,0 +1,336 @@
+"""`reheat check`: the arithmetic against hand-computed numbers, and one clear error for everything that cannot work."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from megatron_reheat.cli import main
+from megatron_reheat.cluster.architecture import LLAMA_31_8B, QWEN3, Architecture, read_architecture
+from megatron_reheat.cluster.estimate import CONSTANT_TEXTS, GIB, GPUS, Constants, Estimate, Lengths
+from megatron_reheat.cluster.preflight import check, find_knee, make_estimate, scaling
+from megatron_reheat.cluster.published import comparisons
+from megatron_reheat.config import Config, load_config, parse_config
+from megatron_reheat.errors import ConfigError
+from tests.tiny_models import FAMILIES, save_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = Architecture(64, 96, 4, 4, 2, 16, vocab_size=1000, tie_word_embeddings=True, max_position_embeddings=512)
+
+
+def configured(**sections: Any) -> Config:
+    model = {"hf_path": "Qwen/Qwen3-4B-Base", "recompute": "full", **sections.pop("model", {})}
+    data = {"path": "-", "max_prompt_tokens": 1024, **sections.pop("data", {})}
+    return parse_config({"model": model, "data": data, **sections})
+
+
+def tiny(gpus: int = 4, *, mean_tokens: float = 32.0, **sections: Any) -> Estimate:
+    sections = {
+        "data": {"max_prompt_tokens": 64},
+        "rollout": {"max_tokens": 128},
+        "reheat": {"max_tokens": 64},
+        "parallel": {},
+        **sections,
+    }
+    sections["parallel"] = {"microbatch_tokens": 256, **sections["parallel"]}
+    return Estimate(configured(**sections), TINY, GPUS["h100-80g"], gpus, mean_tokens, prompt_tokens=16.0)
+
+
+def refusal(config: Config, **options: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(config, console=Console(file=io.StringIO()), **options)
+    return str(caught.value)
+
+
+# -- parameters ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("Qwen3-0.6B", 596_049_920),
+        ("Qwen3-1.7B", 1_720_574_976),
+        ("Qwen3-4B", 4_022_468_096),
+        ("Qwen3-8B", 8_190_735_360),
+        ("Qwen3-14B", 14_768_307_200),
+        ("Qwen3-32B", 32_762_123_264),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name: str, count: int) -> None:
+    assert QWEN3[name].num_parameters == count
+
+
+def test_llama_has_no_query_and_key_norms() -> None:
+    assert LLAMA_31_8B.num_parameters == 8_030_261_248
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_counts_what_transformers_counts(family: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    save_tiny_model(family, tmp_path)
+    counted = read_architecture(configured(model={"hf_path": str(tmp_path)}).model).num_parameters
+    assert counted == AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters()
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-4B", "Qwen/Qwen3-4B-Base"])
+def test_qwen3_names_need_no_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: pytest.fail("asked the hub"))
+    assert read_architecture(configured(model={"hf_path": name}).model) is QWEN3["Qwen3-4B"]
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+# attention 2 (64 + 32) 64, MLP 3 x 64 x 96, norms 2 x 64 + 2 x 16
+LAYER = 12_288 + 18_432 + 160
+TABLE = 1000 * 64
+
+
+def test_memory_of_one_replica_by_hand() -> None:
+    parts = tiny(4, model={"recompute": "none", "head_chunk_tokens": 100}).memory()
+    parameters = 4 * LAYER + TABLE + 64
+    assert parameters == TINY.num_parameters
+    assert parts["weights (bfloat16)"] == 2 * parameters
+    assert parts["main gradients (float32)"] == 4 * parameters
+    assert parts["optimizer shard"] == 12 * parameters / 4
+    # per token and layer: 4 x 64 around the norms, 3 x 64 + 3 x 32 in attention, 3 x 96 in the MLP
+    assert parts["activations (recompute: none)"] == 256 * 4 * 2 * (256 + 288 + 288)
+    assert parts["fused LM head"] == 3 * 4 * 100 * 1000
+    assert parts["vLLM: weights"] == 2 * parameters
+    share = 0.45 * 79.1 - Constants().engine_overhead_gib
+    assert parts["vLLM: KV cache"] == pytest.approx(share * GIB - 2 * parameters)
+    assert parts["reserved"] == Constants().reserved_gib * GIB
+
+
+def test_full_recompute_keeps_inputs_and_one_layer() -> None:
+    kept = tiny(4, model={"recompute": "full"}).activation_bytes()
+    assert kept == 256 * 2 * (4 * 64 + 832)
+
+
+def test_tensor_parallelism_splits_matrices_and_pads_the_vocabulary() -> None:
+    estimate = tiny(
+        4, parallel={"tensor": 2, "sequence_parallel": True}, model={"vocab_pad_multiple": 512, "recompute": "none"}
+    )
+    assert estimate.stage_parameters(0) == 4 * ((12_288 + 18_432) // 2 + 160) + 512 * 64 + 64
+    assert estimate.activation_bytes() == 256 * 4 * 2 * 832 / 2
+    assert estimate.head_bytes() == 3 * 4 * 256 * 512
+
+
+def test_a_tied_head_is_a_second_copy_on_the_last_of_two_stages() -> None:
+    estimate = tiny(4, parallel={"pipeline": 2}, model={"recompute": "none"})
+    assert estimate.stage_parameters(0) == 2 * LAYER + TABLE
+    assert estimate.stage_parameters(1) == 2 * LAYER + TABLE + 64
+    assert estimate.activation_bytes(0) == 2 * estimate.activation_bytes(1)  # two micro-batches are in flight
+
+
+def test_unfused_logits_and_an_unsharded_optimizer_cost_more() -> None:
+    fused, plain = tiny(), tiny(model={"fused_head": False}, parallel={"distributed_optimizer": False})
+    assert plain.head_bytes() - fused.head_bytes() == 256 * 1000 * 2
+    assert plain.memory()["optimizer"] == 4 * fused.memory()["optimizer shard"]
+
+
+def test_float32_weights_are_their_own_master() -> None:
+    parts = tiny(1, model={"dtype": "float32"}).memory()
+    assert (parts["weights (float32)"], parts["optimizer shard"]) == (4 * TINY.num_parameters, 8 * TINY.num_parameters)
+
+
+def test_a_fixed_kv_cache_counts_tokens() -> None:
+    estimate = tiny(rollout={"max_tokens": 128, "kv_cache_mb": 1})
+    assert estimate.kv_cache_tokens == (1 << 20) / (2 * 4 * 32 * 2)
+
+
+# -- batches and time ------------------------------------------------------------------------------------------------
+
+
+def test_batch_algebra_by_hand() -> None:
+    rl = {"prompts_per_step": 16, "group_size": 4, "minibatch_prompts": 8}
+    batch = tiny(4, rl=rl).rl_batch
+    assert (batch.sequences, batch.minibatches, batch.sequences_per_engine) == (64, 2, 16)
+    assert batch.tokens == pytest.approx(64 * 48)
+    assert batch.tokens_per_replica == pytest.approx(64 * 48 / 2 / 4)
+    assert batch.microbatches == 2
+
+
+def test_a_rank_trains_at_least_the_longest_sequence() -> None:
+    batch = tiny(64, rl={"prompts_per_step": 16, "group_size": 4}).rl_batch
+    assert batch.sequences_per_engine == 4  # a prompt's group stays together
+    assert batch.tokens_per_replica == pytest.approx(16 + min(128, batch.lengths.longest(64)))
+
+
+def test_lengths_have_the_mean_that_was_asked_for() -> None:
+    lengths = Lengths.from_mean(2048, 8192)
+    assert lengths.mean == pytest.approx(2048, rel=1e-6)
+    steps = 40_000
+    at = [(i + 0.5) * 8192 / steps for i in range(steps)]
+    survival = [math.exp(-x / lengths.scale) for x in at]
+    assert lengths.mean == pytest.approx(sum(survival) * 8192 / steps, rel=1e-4)
+    square = sum(2 * x * s for x, s in zip(at, survival, strict=True)) * 8192 / steps
+    assert lengths.square_mean == pytest.approx(square, rel=1e-4)
+    assert lengths.longest(1e9) == 8192
+
+
+def test_lengths_that_all_reach_the_cap_do_not_cancel() -> None:
+    lengths = Lengths(1e9, 100)
+    assert lengths.square_mean == pytest.approx(100**2) and lengths.mean == pytest.approx(100)
+
+
+def test_flops_per_token_by_hand() -> None:
+    matrices, attention, head = 2 * 4 * 30_720, 2 * 4 * 50 * 64, 2 * TABLE
+    estimate = tiny(model={"recompute": "none"})
+    assert estimate.pass_flops(50, head=1.0, training=False) == matrices + attention + head
+    assert estimate.pass_flops(50, head=0.5, training=True) == 3 * (matrices + attention) + 0.5 * 4 * head
+    assert tiny().pass_flops(50, head=0.0, training=True) == 4 * (matrices + attention)
+
+
+def test_phases_scale_as_they_must() -> None:
+    at_8, at_64 = (
+        make_estimate(load_config(ROOT / "yaml" / "ts_opsd.yaml", ["parallel.data="]), gpus=n) for n in (8, 64)
+    )
+    few, many = at_8.rl_step(), at_64.rl_step()
+    assert many["score"] == pytest.approx(few["score"] / 8, rel=0.2)
+    assert few["rollout"] / 8 < many["rollout"] < few["rollout"]  # the longest response does not get shorter
+    assert many["sync"] == few["sync"]
+    assert at_8.reheat_step()["score"] == 0
+
+
+def test_knee_is_the_last_efficient_size() -> None:
+    assert find_knee([(8, 100.0, 0.0), (16, 60.0, 0.0), (32, 49.0, 0.0), (64, 48.0, 0.0)]) == 32
+    assert find_knee([(8, 1.0, 0.0), (16, 1.01, 0.0)]) == 8
+
+
+def test_scaling_runs_to_1024_whatever_the_recipe_fixes() -> None:
+    rows = scaling(make_estimate(load_config(ROOT / "yaml" / "qwen3_8b_ts_opsd.yaml")))
+    assert [gpus for gpus, _, _ in rows] == [8, 16, 32, 64, 128, 256, 512, 1024]
+    assert all(later < earlier * 1.01 for (_, earlier, _), (_, later, _) in itertools.pairwise(rows))
+
+
+def test_the_model_is_within_an_order_of_magnitude_of_measured_trainers() -> None:
+    """The paper's reheating is left out: its trainer is several times slower than its own RL."""
+    rows = [c for c in comparisons(2048.0) if "reheating" not in c.what and "sync" not in c.what]
+    assert len(rows) >= 7
+    assert all(0.3 < c.ratio < 3 for c in rows), [(c.what, c.ratio) for c in rows]
+
+
+def test_every_constant_is_explained() -> None:
+    assert set(CONSTANT_TEXTS) == set(Constants.__dataclass_fields__)
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_command_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(ROOT / "yaml" / "qwen3_4b_ts_opsd.yaml"), "--gpus", "8", "--mean-tokens", "1500"]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "4,022,468,096 parameters",
+        "64 x 8",
+        "(256 + 1500)",
+        "main gradients (float32)",
+        "vLLM: KV cache",
+        "knee at",
+        "1024",
+        "prime-rl",
+        "NeMo-RL",
+        "1,581",
+        "share of peak FLOP/s",
+        "Not checked: data",
+    ):
+        assert text in out, text
+
+
+def test_the_demo_recipe_is_checked_on_cpu(tmp_path: Path) -> None:
+    folder = save_tiny_model("qwen3_tied", tmp_path / "model")
+    out = io.StringIO()
+    config = load_config(ROOT / "yaml" / "countdown_cpu.yaml", [f"model.hf_path={folder}"])
+    check(config, gpu="cpu", console=Console(file=out, width=120))
+    assert "2 x cpu" in out.getvalue() and "data 2" in out.getvalue()
+
+
+@pytest.mark.parametrize("size", ["4b", "8b"])
+@pytest.mark.parametrize("gpu", ["a100-80g", "h100-80g", "h200-141g", "b200-192g"])
+def test_the_recipes_fit_one_node(size: str, gpu: str) -> None:
+    check(load_config(ROOT / "yaml" / f"qwen3_{size}_ts_opsd.yaml"), gpu=gpu, console=Console(file=io.StringIO()))
+
+
+def test_replicas_without_prompts_are_pointed_out() -> None:
+    out = io.StringIO()
+    check(configured(), gpus=128, console=Console(file=out, width=200))
+    assert "64 engines have nothing to sample" in out.getvalue()
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_gpu() -> None:
+    assert refusal(configured(), gpu="v100").startswith("--gpu v100 is not known; use one of a100-80g")
+
+
+@pytest.mark.parametrize("gpus", [0, -8])
+def test_no_gpus(gpus: int) -> None:
+    assert refusal(configured(), gpus=gpus) == f"--gpus {gpus} must be at least 1"
+
+
+def test_world_size_that_does_not_fit_the_layout() -> None:
+    assert "set parallel.data=16" in refusal(configured(parallel={"data": 8}), gpus=16)
+    assert "not divisible by parallel.tensor x parallel.pipeline" in refusal(configured(parallel={"tensor": 4}), gpus=6)
+
+
+def test_tensor_parallelism_across_nodes() -> None:
+    assert refusal(configured(parallel={"tensor": 16}), gpus=16).startswith("parallel.tensor 16 exceeds the 8 GPUs")
+
+
+def test_layout_that_does_not_divide_the_model() -> None:
+    assert "does not divide the model's 36 layers" in refusal(configured(parallel={"pipeline": 8}), gpus=8)
+
+
+def test_context_that_the_model_lacks() -> None:
+    config = configured(rollout={"max_tokens": 40_000}, parallel={"microbatch_tokens": 50_000})
+    assert "exceeds the model's context (max_position_embeddings), 32768" in refusal(config)
+
+
+@pytest.mark.parametrize("mean", [0.0, -1.0, 4096.0, 9999.0])
+def test_impossible_mean_length(mean: float) -> None:
+    assert refusal(configured(), mean_tokens=mean).endswith("must lie between 0 and rollout.max_tokens 4096")
+
+
+def test_recipe_that_does_not_fit_the_gpu() -> None:
+    message = refusal(configured(model={"recompute": "none"}))
+    assert message.startswith("about ") and "GiB are needed on a h100-80g of 79.1; set model.recompute=full" in message
+
+
+def test_model_too_large_for_the_engine() -> None:
+    message = refusal(configured(model={"hf_path": "Qwen/Qwen3-32B"}, parallel={"tensor": 8}))
+    assert "leaves a KV cache of 0 tokens" in message and "raise rollout.gpu_memory_utilization" in message
+
+
+def test_fixed_cache_too_small_for_one_sequence() -> None:
+    assert "raise rollout.kv_cache_mb" in refusal(configured(rollout={"kv_cache_mb": 64}))
+
+
+def test_unknown_hub_name_without_access(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> str:
+        raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    message = refusal(configured(model={"hf_path": "meta-llama/Llama-3.1-8B"}))
+    assert (
+        message.startswith("model.hf_path: meta-llama/Llama-3.1-8B is not a local folder") and "Qwen3-0.6B" in message
+    )
+
+
+def test_missing_folder_and_foreign_architecture(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(configured(model={"hf_path": str(tmp_path / "nowhere")}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    assert "model_type 'gpt2' is not supported" in refusal(configured(model={"hf_path": str(tmp_path)}))
+
+
+def test_errors_are_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(ROOT / "yaml" / "qwen3_4b_ts_opsd.yaml"), "--gpus", "12"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,222 @@
+"""Batch scripts: what they say, what bash makes of it, and what is refused before anything is written."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_reheat import cli, stop_request
+from megatron_reheat.cluster.slurm import TEMPLATE, Job, JobRequest, make_job, submit, write_job
+from megatron_reheat.errors import ConfigError, ReheatError
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = """
+model: {hf_path: a/model}
+data: {path: prompts.jsonl}
+parallel: {tensor: 2}
+run: {name: first}
+"""
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> JobRequest:
+    (tmp_path / "first.yaml").write_text(RECIPE)
+    (tmp_path / "second.yaml").write_text("base: first.yaml\nrun: {name: second}\n")
+    return JobRequest(
+        config=tmp_path / "first.yaml",
+        nodes=2,
+        command=["reheat", "slurm"],
+        logs=tmp_path / "logs",
+        venv=Path("/a venv"),
+    )
+
+
+def directives(job: Job) -> list[str]:
+    return [line.removeprefix("#SBATCH --") for line in job.script.splitlines() if line.startswith("#SBATCH")]
+
+
+def runs_of(job: Job, task: int | None) -> list[str]:
+    """The arguments of `reheat train` as bash itself reads them from the script."""
+    start = job.script.index("case ")
+    block = job.script[start : job.script.index("esac") + 4]
+    environment = {"PATH": os.environ["PATH"]} | ({} if task is None else {"SLURM_ARRAY_TASK_ID": str(task)})
+    done = subprocess.run(
+        ["bash", "-uc", block + '\nprintf "%s\\0" "${run[@]}"'],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split("\0")[:-1]
+
+
+def test_directives_and_commands(request_: JobRequest) -> None:
+    job = make_job(replace(request_, partition="gpu", account="us", time="24:00:00", notice_s=300))
+    assert job.name == "first"
+    logs = request_.logs
+    assert directives(job) == [
+        "job-name=first", "nodes=2", "ntasks-per-node=1", "gpus-per-node=8", "exclusive", "mem=0", "partition=gpu",
+        "account=us", "time=24:00:00", f"output={logs}/%x-%j.log", "requeue", "open-mode=append", "signal=B:USR1@300",
+    ]  # fmt: skip
+    assert "source '/a venv'/bin/activate" in job.script
+    assert '--nnodes "$SLURM_NNODES" --nproc_per_node 8' in job.script
+    assert f'[ "$status" = {stop_request.REQUEUE_EXIT_CODE} ]' in job.script
+    assert "@@" not in job.script
+    assert subprocess.run(["bash", "-n"], input=job.script, text=True, check=False).returncode == 0
+
+
+def test_nodes_without_gpus(request_: JobRequest) -> None:
+    job = make_job(replace(request_, cpu_tasks=3, nodes=4))
+    assert "cpus-per-task=3" in directives(job) and "--nproc_per_node 3" in job.script
+    assert "gpus-per-node" not in job.script and "exclusive" not in directives(job)
+
+
+def test_a_container_brings_its_own_python(request_: JobRequest) -> None:
+    job = make_job(replace(request_, venv=None, container="registry/an image:1"))
+    assert "--container-image='registry/an image:1' --container-mounts=\"$PWD:$PWD\"" in job.script
+    assert "python3 -m megatron_reheat.cluster.launch" in job.script and "activate" not in job.script
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["data.system_prompt=two words", "data.system_prompt='it''s \"5$\" `x` @@ é'", "data.system_prompt=a\\nb"],
+)
+def test_overrides_reach_the_run_unchanged(request_: JobRequest, override: str) -> None:
+    job = make_job(replace(request_, overrides=[override, "run.steps=3"]))
+    assert runs_of(job, None) == [str(request_.config), override, "run.steps=3"]
+
+
+def test_arms_and_seeds_make_an_array(request_: JobRequest) -> None:
+    second = request_.config.with_name("second.yaml")
+    job = make_job(replace(request_, arms=[second], seeds=[3, 5], overrides=["run.steps=2"]))
+    assert "array=0-3" in directives(job) and f"output={request_.logs}/%x-%A_%a.log" in directives(job)
+    expected = [
+        [str(path), "run.steps=2", f"run.seed={seed}", f"run.name={path.stem}-seed{seed}"]
+        for path in (request_.config, second)
+        for seed in (3, 5)
+    ]
+    assert [runs_of(job, task) for task in range(4)] == expected
+    with pytest.raises(subprocess.CalledProcessError):
+        runs_of(job, 4)
+    assert job.name == "first"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"nodes": 1, "gpus_per_node": 7}, ["first.yaml", "--nodes 1 x --gpus-per-node 7", "parallel.tensor"]),
+        ({"overrides": ["parallel.data=3"]}, ["--nodes 2 x --gpus-per-node 8", "set parallel.data=8"]),
+        ({"nodes": 1, "cpu_tasks": 1}, ["--nodes 1 x --cpu-tasks 1", "parallel.tensor"]),
+        ({"nodes": 0}, ["--nodes 0", "at least 1"]),
+        ({"cpu_tasks": 0}, ["--cpu-tasks 0", "at least 1"]),
+        ({"notice_s": 70000}, ["--requeue-signal-s 70000", "65535"]),
+        ({"seeds": [1, 1]}, ["--seeds", "twice"]),
+        ({"overrides": ["run.nam=x"]}, ["run.nam", "did you mean 'name'"]),
+        ({"config": Path("gone.yaml")}, ["no such config file", "gone.yaml"]),
+        ({"template": Path("/gone.template")}, ["--template /gone.template", "No such file"]),
+    ],
+)
+def test_a_request_that_cannot_run_is_one_error(request_: JobRequest, change: dict, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_job(replace(request_, **change))
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert not request_.logs.exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"overrides": ["run.name=same"]}, {"seeds": [0, 1], "overrides": ["run.folder=runs/one"]}]
+)
+def test_two_runs_may_not_share_a_folder(request_: JobRequest, change: dict) -> None:
+    with pytest.raises(ConfigError, match=r"would write to runs/(same|one); give each recipe a run.name"):
+        make_job(replace(request_, arms=[request_.config.with_name("second.yaml")], **change))
+
+
+@pytest.mark.parametrize(("text", "word"), [("@@{nodez}", "unknown placeholder @@{nodez}"), ("a @@ b", "write @@@@")])
+def test_a_wrong_template_is_named(request_: JobRequest, tmp_path: Path, text: str, word: str) -> None:
+    template = tmp_path / "site.template"
+    template.write_text(text)
+    with pytest.raises(ConfigError, match=r"site\.template") as error:
+        make_job(replace(request_, template=template))
+    assert word in str(error.value)
+
+
+def test_an_edited_script_is_kept(tmp_path: Path) -> None:
+    path, logs = tmp_path / "jobs" / "a.sbatch", tmp_path / "logs"
+    write_job(Job("a", "edited"), path, logs)
+    write_job(Job("a", "new"), path, logs)
+    assert path.read_text() == "new" and path.with_name("a.sbatch.previous").read_text() == "edited"
+    assert logs.is_dir()
+    with pytest.raises(ReheatError, match="change --out or --logs"):
+        write_job(Job("a", "new"), path / "below a file", logs)
+
+
+def test_submission_errors_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ReheatError, match="no sbatch on this machine"):
+        submit(tmp_path / "a.sbatch")
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho invalid partition >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    with pytest.raises(ReheatError, match=r"refused .*a.sbatch: invalid partition"):
+        submit(tmp_path / "a.sbatch")
+
+
+def test_a_dry_run_prints_and_writes_nothing(
+    request_: JobRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["slurm", "first.yaml", "run.steps=1", "--nodes", "1", "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("#!/bin/bash\n")
+    assert cli.main(["slurm", "first.yaml", "--nodes", "1", "--gpus-per-node", "3"]) == 1
+    assert capsys.readouterr().err.count("error:") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts" / "slurm").glob("*.sbatch")), ids=lambda p: p.name)
+def test_the_examples_are_what_the_command_prints(path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    command = shlex.split(path.read_text().splitlines()[1].removeprefix("# Written by:"))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", command)
+    assert cli.main(command[1:]) == 0
+    assert capsys.readouterr().out == path.read_text()
+
+
+def test_there_are_examples_and_a_template() -> None:
+    assert {p.name for p in (ROOT / "scripts" / "slurm").iterdir()} == {"single_node.sbatch", "multi_node.sbatch"}
+    assert TEMPLATE.is_file() and '"*.template"' in (ROOT / "setup.py").read_text()
+
+
+def test_a_held_notice_waits_and_is_inherited() -> None:
+    """Python starts, holds the signal, gets it, and neither dies nor loses it; a process it starts survives it too."""
+    code = """
+import os, subprocess, sys
+from megatron_reheat import stop_request
+stop_request.hold_stop_signal()
+assert not stop_request.stop_requested()
+os.kill(os.getpid(), stop_request.STOP_SIGNAL)
+assert stop_request.stop_requested() and stop_request.stop_requested()
+child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+child.send_signal(stop_request.STOP_SIGNAL)
+child.communicate(b"go on\\n")
+sys.exit(child.returncode)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0
+
+
+def test_a_launcher_passes_the_notice_on_to_ranks_that_start_later() -> None:
+    code = """
+import os, signal, subprocess, sys
+from megatron_reheat import stop_request
+stop_request.pass_on_stop_signal()
+os.kill(os.getpid(), stop_request.STOP_SIGNAL)
+rank = "import time; from megatron_reheat.stop_request import stop_requested as s\\nwhile not s(): time.sleep(0.05)"
+sys.exit(subprocess.run([sys.executable, "-c", rank], timeout=30).returncode)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0
