@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_reheat.losses import tempered_kl, vocab_entropy, vocab_logprobs
+from megatron_reheat.parallel import vocab_kernels
 from megatron_reheat.parallel.vocab_triton import INTERPRETED
 from tests.reference import LOGIT_CASES, TEMPERATURES, dense_kl, dense_logprobs, make_logits, relative_error
 
@@ -133,3 +134,23 @@ def test_leading_dimensions_and_views_are_kept():
 def test_unknown_direction_is_refused():
     with pytest.raises(ValueError, match="'forward' or 'reverse', not 'sideways'"):
         tempered_kl(torch.zeros(1, 4), temperature=1.2, direction="sideways")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter takes every call")
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_large_vocabularies_go_through_compiled_code(direction, monkeypatch):
+    logits = make_logits("sharp", 28, 151_936).requires_grad_()
+    weights = torch.rand(28) + 0.5
+    expected = dense_kl(logits, 1.2, direction, weights)
+    compiled = vocab_kernels._compiled()
+    if compiled is None:
+        pytest.skip("torch.compile does not work here: it needs a C++ compiler")
+    calls = []
+    counted = tuple(lambda *args, f=function: calls.append(f) or f(*args) for function in compiled)
+    monkeypatch.setattr(vocab_kernels, "_compiled", lambda: counted)
+    result = tempered_kl(logits, temperature=1.2, direction=direction)
+    (result.kl * weights).sum().backward()
+    assert set(calls) == set(compiled)
+    assert relative_error(result.kl, expected.kl) < 1e-4
+    assert relative_error(result.entropy, expected.entropy) < 2e-6
+    assert relative_error(logits.grad, expected.gradient) < 1e-5
