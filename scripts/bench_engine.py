@@ -87,6 +87,8 @@ class Trainer:
             {
                 "model": {"hf_path": str(folder), "dtype": "float32", "fused_head": fused_head},
                 "data": {"path": "unused.jsonl", "max_prompt_tokens": 64},
+                "rollout": {"max_tokens": 192},
+                "reheat": {"max_tokens": 192},
                 "parallel": {"microbatch_tokens": batch.num_tokens},
             }
         )
