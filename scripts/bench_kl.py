@@ -1,11 +1,11 @@
 """Measures the tempered KL, forward and backward, against plain PyTorch and the peers that are installed, side by side.
 
-    python -m scripts.bench_kl [--vocab 32768 151936] [--tokens 256 1024 4096] [--hidden 256] [--repeats 3]
+    python -m scripts.bench_kl [--vocab 32768 151936] [--tokens 256 1024] [--hidden 256] [--repeats 3]
     python -m scripts.bench_kl --tensor-parallel 2      # the vocabulary split over two gloo ranks, one thread each
 
 Two questions, each in a table of its own: from logits that exist, and from hidden states and the LM head's weight. Every
-row computes the same loss (its value is compared with the first row's). Memory is counted, not guessed: CUDA's allocator
-there, and every tensor's storage as it is made and freed on the CPU. Peers: `pip install trl liger-kernel`.
+row computes the same loss, whose value is printed. Memory is counted, not guessed: by the allocator on CUDA, and from every
+tensor's storage as it is made and freed on the CPU. Peers: `pip install trl liger-kernel`.
 
 peak: bytes beyond the inputs at the worst moment, gradients of the inputs included, per logit (tokens x vocabulary).
 retained: bytes that live between forward and backward beyond the inputs, per logit.

@@ -142,7 +142,7 @@ trap stop_heartbeat EXIT
 trap 'say "interrupted; start again to finish"; exit 130' INT TERM HUP
 
 if command -v nvidia-smi >/dev/null; then
-    say "this machine has an NVIDIA GPU; this script makes the CPU environment. For the GPU: pip install -e .[gpu]"
+    say "this machine has an NVIDIA GPU; this script makes the CPU environment. For the GPU: bash scripts/setup_gpu.sh"
 fi
 make_venv
 : >"$INCOMPLETE"

@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_reheat.cluster.architecture import Architecture
 from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError
+from megatron_reheat.model.architecture import Architecture
 from megatron_reheat.model.provider import padded_vocab_size
 
 GIB = 2**30

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from megatron_reheat.cluster.architecture import read_architecture
 from megatron_reheat.cluster.estimate import (
     CONSTANT_TEXTS,
     GIB,
@@ -21,6 +20,7 @@ from megatron_reheat.cluster.estimate import (
 from megatron_reheat.cluster.published import comparisons
 from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError
+from megatron_reheat.model.architecture import read_architecture
 from megatron_reheat.model.provider import check_layout
 from megatron_reheat.stages.inputs import context_length
 

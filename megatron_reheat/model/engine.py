@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_reheat.config import Config
 from megatron_reheat.metrics import MetricSums
+from megatron_reheat.model.architecture import Architecture
 from megatron_reheat.model.backend import choose_backend
 from megatron_reheat.model.head import head_input, head_weight
 from megatron_reheat.model.hf_weights import HFExporter, HFReader, load_hf_weights
@@ -171,12 +172,7 @@ class Engine:
     @property
     def num_parameters(self) -> int:
         """Of the whole model, without padding and counting a tied embedding once."""
-        hf, dim = self.hf, self.module.config.kv_channels
-        attention = (2 * hf.num_attention_heads + 2 * hf.num_key_value_heads) * dim * hf.hidden_size
-        norms = 2 * hf.hidden_size + (2 * dim if self.module.config.qk_layernorm else 0)
-        layer = attention + 3 * hf.hidden_size * hf.intermediate_size + norms
-        embeddings = (1 if hf.tie_word_embeddings else 2) * hf.vocab_size * hf.hidden_size
-        return hf.num_hidden_layers * layer + embeddings + hf.hidden_size
+        return Architecture.from_hf(self.hf).num_parameters
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

@@ -30,10 +30,16 @@ def main() -> int:
         os.sched_setaffinity(0, [int(core) for core in cores[0].split(",")])
     connection = Connection(socket_fd)
 
+    from megatron_reheat.errors import ReheatError
     from megatron_reheat.rollout.sampler import Sampler
     from megatron_reheat.rollout.wire import WorkerReady
 
-    sampler = Sampler(connection.recv())
+    try:
+        sampler = Sampler(connection.recv())
+    except ReheatError as error:
+        # what the user can act on travels as it is; a death would be answered by a restart that meets the same
+        connection.send((0, error))
+        return EXIT_UNREPAIRABLE
     connection.send((0, WorkerReady(sampler.vocab_size, sampler.max_model_len, time.time())))
     return _serve(connection, sampler)
 

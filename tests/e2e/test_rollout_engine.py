@@ -398,3 +398,17 @@ def test_death_and_hang_are_noticed_and_a_restart_recovers(policies):
     engine.close()
     with pytest.raises(EngineDied, match="closed"):
         engine.wait_ready()
+
+
+def test_a_model_without_an_attention_kernel_is_refused_by_name(tmp_path):
+    """vLLM alone would start, and fail at the first request."""
+    Qwen3Config(
+        vocab_size=VOCAB, hidden_size=96, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=CONTEXT, architectures=["Qwen3ForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    engine = EmbeddedEngine(str(tmp_path), CONFIG, dtype="float32", log_file=tmp_path / "engine.log")
+    try:
+        with pytest.raises(ReheatError, match=r"^the model's head_dim is 16, but vLLM's CPU attention has kernels for"):
+            engine.wait_ready()
+    finally:
+        engine.close()

@@ -13,12 +13,12 @@ import pytest
 from rich.console import Console
 
 from megatron_reheat.cli import main
-from megatron_reheat.cluster.architecture import LLAMA_31_8B, QWEN3, Architecture, read_architecture
 from megatron_reheat.cluster.estimate import CONSTANT_TEXTS, GIB, GPUS, Constants, Estimate, Lengths
 from megatron_reheat.cluster.preflight import check, find_knee, make_estimate, scaling
 from megatron_reheat.cluster.published import comparisons
 from megatron_reheat.config import Config, load_config, parse_config
 from megatron_reheat.errors import ConfigError
+from megatron_reheat.model.architecture import LLAMA_31_8B, QWEN3, Architecture, read_architecture
 from tests.tiny_models import FAMILIES, save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
