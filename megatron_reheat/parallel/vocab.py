@@ -251,7 +251,8 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight, returned = _weight_gradient(weight)
         total = torch.zeros((), dtype=compute_dtype(hidden), device=hidden.device)
-        for rows in _chunks(hidden.size(0), chunk_tokens):
+
+        def take(rows: slice) -> None:  # a function, so that a chunk's logits are gone before the next ones are made
             logits = _head_logits(hidden[rows], weight).requires_grad_()
             with torch.enable_grad():
                 value = loss(VocabLogits(logits, vocab_size, group, overwrite=True), rows)
@@ -259,7 +260,10 @@ class _HeadLoss(torch.autograd.Function):
             gradient = gradient.to(weight.dtype)
             torch.mm(gradient, weight, out=grad_hidden[rows])
             _add_outer(grad_weight, gradient, hidden[rows])
-            total += value.detach()
+            total.add_(value.detach())
+
+        for rows in _chunks(hidden.size(0), chunk_tokens):
+            take(rows)
         ctx.save_for_backward(grad_hidden, None if returned is None else returned.to(weight.dtype))
         return total
 
@@ -301,9 +305,11 @@ class _FromHead(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor | None, question: Question, head: VocabHead
     ) -> Any:
         sums = torch.zeros(NUM_SUMS, hidden.size(0), dtype=torch.float64, device=hidden.device)
+        valid = weight[: head.num_valid_columns]
         for rows in _chunks(hidden.size(0), head.chunk_tokens):
-            logits = _head_logits(hidden[rows], weight[: head.num_valid_columns])
-            sums[:, rows] = shard_sums(logits, None if targets is None else targets[rows], question.temperature)
+            chunk_targets = None if targets is None else targets[rows]
+            # the logits have no name here that would keep them while the next ones are made
+            sums[:, rows] = shard_sums(_head_logits(hidden[rows], valid), chunk_targets, question.temperature)
         scalars = merge(_all_gather(sums, head.group), question.temperature)
         ctx.save_for_backward(hidden, weight, targets)
         ctx.scalars, ctx.question, ctx.head = scalars, question, head
@@ -319,7 +325,8 @@ class _FromHead(torch.autograd.Function):
         coefficients = question.coefficients(gradients)
         grad_hidden = torch.zeros_like(hidden)
         grad_weight, returned = _weight_gradient(weight) if ctx.needs_input_grad[1] else (None, None)
-        for rows in _chunks(hidden.size(0), head.chunk_tokens) if len(valid) else ():
+
+        def take(rows: slice) -> None:
             logits = _head_logits(hidden[rows], valid)
             write_gradient(
                 logits,
@@ -333,6 +340,9 @@ class _FromHead(torch.autograd.Function):
             torch.mm(gradient, valid, out=grad_hidden[rows])
             if grad_weight is not None:
                 _add_outer(grad_weight, gradient, hidden[rows])
+
+        for rows in _chunks(hidden.size(0), head.chunk_tokens) if len(valid) else ():
+            take(rows)
         if returned is not None:
             returned = returned.to(weight.dtype)
         return grad_hidden, returned, None, None, None
