@@ -18,6 +18,7 @@ setup(
     packages=find_packages(include=["megatron_reheat", "megatron_reheat.*"]),
     package_data={"megatron_reheat.cluster": ["*.template"]},
     install_requires=[
+        "aiohttp",
         "datasets",
         "math-verify[antlr4_13_2]",
         "matplotlib",
@@ -45,6 +46,9 @@ setup(
         "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]"],
         "dev": ["hypothesis", "mypy", "pytest", "ruff", "triton", "types-PyYAML", "wandb"],
     },
-    entry_points={"console_scripts": ["reheat=megatron_reheat.cli:main"]},
+    entry_points={
+        "console_scripts": ["reheat=megatron_reheat.cli:main"],
+        "vllm.general_plugins": ["megatron_reheat=megatron_reheat.rollout.vllm_plugin:register"],
+    },
     classifiers=["Programming Language :: Python :: 3", "Operating System :: POSIX :: Linux"],
 )

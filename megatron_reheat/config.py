@@ -90,9 +90,14 @@ class RewardConfig(Section):
 
 
 class RolloutConfig(Section):
-    """vLLM: one engine process per data-parallel replica (`embedded`)."""
+    """vLLM: a process beside each data-parallel replica (`embedded`), or servers that all replicas share (`server`)."""
 
-    mode: Literal["embedded"] = "embedded"
+    mode: Literal["embedded", "server"] = "embedded"
+    servers: tuple[str, ...] = Field(
+        default=(), description="server: URLs of running servers (reheat serve); empty starts num_servers here"
+    )
+    num_servers: int = Field(default=1, gt=0, description="server: how many to start on this machine")
+    tensor: int = Field(default=1, gt=0, description="server: tensor parallel size of one vLLM engine")
     temperature: float = Field(default=1.0, gt=0)
     max_tokens: int = Field(default=4096, gt=0)
     max_model_len: int | None = Field(default=None, gt=0)

@@ -27,7 +27,8 @@ from megatron_reheat.evaluation.suites import SuitePrompts, load_suites
 from megatron_reheat.model.hf_weights import HFReader, check_weights, tensor_names
 from megatron_reheat.model.provider import read_hf_config, resolve_hf_folder
 from megatron_reheat.rewards.pool import VerifierPool
-from megatron_reheat.rollout.embedded import MAX_TEMPERATURE, EmbeddedEngine
+from megatron_reheat.rollout.checks import MAX_TEMPERATURE
+from megatron_reheat.rollout.embedded import EmbeddedEngine
 from megatron_reheat.rollout.weight_sync import WeightSync
 from megatron_reheat.types import Completion, Prompt, SamplingParams
 

@@ -14,11 +14,10 @@ from typing import Any
 
 import megatron_reheat
 from megatron_reheat.errors import EngineDied
+from megatron_reheat.rollout.log_tail import log_tail
 
 PACKAGE_ROOT = Path(megatron_reheat.__file__).parent.parent
 EXIT_GRACE_S = 5.0
-LOG_TAIL_LINES = 8
-LOG_TAIL_BYTES = 4000
 
 
 class ChildProcess:
@@ -142,8 +141,4 @@ class ChildProcess:
         )
 
     def _log_tail(self) -> str:
-        with self._log_file.open("rb") as log:
-            size = log.seek(0, os.SEEK_END)
-            log.seek(max(self._log_start, size - LOG_TAIL_BYTES))
-            lines = log.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        return f"; last lines of {self._log_file}:\n" + "\n".join(f"  {line}" for line in lines)
+        return log_tail(self._log_file, self._log_start)

@@ -12,25 +12,23 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from megatron_reheat.config import RolloutConfig
-from megatron_reheat.errors import ConfigError, EngineDied, WeightSyncError
+from megatron_reheat.errors import EngineDied, WeightSyncError
+from megatron_reheat.rollout.checks import check_params, check_prompts
 from megatron_reheat.rollout.child_process import ChildProcess
 from megatron_reheat.rollout.engine import EngineHealth, SyncReport
-from megatron_reheat.rollout.shared_memory import Entry, SharedBuffer, aligned
+from megatron_reheat.rollout.engine_options import engine_environment, engine_options
+from megatron_reheat.rollout.packed import Entry, aligned
+from megatron_reheat.rollout.shared_memory import SharedBuffer
 from megatron_reheat.rollout.wire import SampleRequest, WorkerReady, WorkerSettings
-from megatron_reheat.types import Completion, SamplingParams, TokenArray
+from megatron_reheat.types import Completion, SamplingParams
 
 WORKER_MODULE = "megatron_reheat.rollout.worker"
 # the engine loads one portion while the trainer gathers the next
 PORTION_BYTES = 32 << 20
 HEALTH_TIMEOUT_S = 30.0
-MAX_TEMPERATURE = 2.0
-# the engine is not a rank of the trainer's job, and must not join it
-TORCHRUN_VARIABLES = frozenset(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-TORCHRUN_PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "PET_")
 
 
 class EmbeddedEngine:
@@ -66,7 +64,7 @@ class EmbeddedEngine:
     ) -> None:
         self._config = config
         self._model_path = model_path
-        self._dtype = dtype if config.dtype == "auto" else config.dtype
+        self._dtype = dtype
         self._log_file = log_file
         self._seed = seed
         self._gpu = gpu
@@ -118,12 +116,14 @@ class EmbeddedEngine:
         prompt p draws from a stream of its own, however vLLM batches the requests.
         """
         self.wait_ready()
+        assert self._ready is not None
         if not prompts:
             return []
         if self._asleep:
             raise WeightSyncError("the rollout engine is asleep; call wake() before generate()")
-        self._check_params(params, n)
-        request = SampleRequest.pack(self._checked(prompts), params, n, seed)
+        check_params(params, n, self._ready.vocab_size)
+        checked = check_prompts(prompts, self._ready.max_model_len, self._ready.vocab_size)
+        request = SampleRequest.pack(checked, params, n, seed)
         reply = self._call("generate", request)
         return reply.unpack(n, params.temperature)
 
@@ -190,31 +190,18 @@ class EmbeddedEngine:
             log_file=self._log_file,
             pass_fds=[self._buffer.fd],
         )
-        c = self._config
-        settings = WorkerSettings(
-            model_path=self._model_path,
-            dtype=self._dtype,
-            seed=self._seed,
-            max_num_seqs=c.max_num_seqs,
-            max_model_len=c.max_model_len,
-            enforce_eager=c.enforce_eager,
-            kv_cache_mb=c.kv_cache_mb,
-            gpu_memory_utilization=c.gpu_memory_utilization,
-            buffer_fd=self._buffer.fd,
-            buffer_capacity=self._buffer.capacity,
+        options = engine_options(
+            self._config, self._model_path, dtype=self._dtype, seed=self._seed, on_cpu=self._gpu is None
         )
-        self._child.send_settings(settings, c.start_timeout_s)
+        options["disable_log_stats"] = True
+        if self._gpu is not None:
+            options["enable_sleep_mode"] = True
+        settings = WorkerSettings(options, self._buffer.fd, self._buffer.capacity)
+        self._child.send_settings(settings, self._config.start_timeout_s)
 
     def _environment(self) -> dict[str, str]:
-        env = {
-            key: value
-            for key, value in os.environ.items()
-            if key not in TORCHRUN_VARIABLES and not key.startswith(TORCHRUN_PREFIXES)
-        }
-        env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override rollout.kv_cache_mb
-        env |= {
+        env = engine_environment() | {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_NO_USAGE_STATS": "1",
             "OMP_NUM_THREADS": str(self._threads),
         }
         if self._gpu is not None:
@@ -256,34 +243,3 @@ class EmbeddedEngine:
 
     def _announce(self, portion: list[Entry]) -> None:
         self._child.send("load", portion, timeout_s=self._config.timeout_s)
-
-    def _checked(self, prompts: Sequence[Sequence[int]]) -> list[TokenArray]:
-        assert self._ready is not None
-        context, vocabulary = self._ready.max_model_len, self._ready.vocab_size
-        arrays = []
-        for position, prompt in enumerate(prompts):
-            array = np.asarray(prompt, dtype=np.int64)
-            if not 0 < len(array) < context:
-                raise ConfigError(
-                    f"prompt {position} has {len(array)} tokens; the engine takes 1 to {context - 1} "
-                    f"(rollout.max_model_len {context} less one for the response)"
-                )
-            if array.min() < 0 or array.max() >= vocabulary:
-                worst = array.min() if array.min() < 0 else array.max()
-                raise ConfigError(f"prompt {position} holds token id {worst}, outside the vocabulary of {vocabulary}")
-            arrays.append(array.astype(np.int32))
-        return arrays
-
-    def _check_params(self, params: SamplingParams, n: int) -> None:
-        assert self._ready is not None
-        if n < 1 or params.max_tokens < 1:
-            raise ConfigError(f"need at least one completion of one token, got n={n}, max_tokens={params.max_tokens}")
-        if not 0 <= params.temperature <= MAX_TEMPERATURE:
-            raise ConfigError(f"temperature {params.temperature} is outside vLLM's range, 0 to {MAX_TEMPERATURE:g}")
-        if not 0 < params.top_p <= 1:
-            raise ConfigError(f"top_p {params.top_p} must be in (0, 1]")
-        if params.temperature == 0 and n > 1:
-            raise ConfigError(f"temperature 0 is greedy: {n} completions would be the same one; use n=1")
-        outside = [t for t in params.stop_token_ids if not 0 <= t < self._ready.vocab_size]
-        if outside:
-            raise ConfigError(f"stop token {outside[0]} is outside the vocabulary of {self._ready.vocab_size}")

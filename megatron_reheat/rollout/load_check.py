@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.rollout.child_process import PACKAGE_ROOT
-from megatron_reheat.rollout.embedded import TORCHRUN_PREFIXES, TORCHRUN_VARIABLES
+from megatron_reheat.rollout.engine_options import engine_environment
 
 LOG_TAIL_CHARS = 1500
 KV_CACHE_BYTES = 64 << 20
@@ -44,18 +44,13 @@ def sample_greedily(
     Raises:
         ReheatError: vLLM refused the folder, failed or took too long; the message ends with what it printed.
     """
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in TORCHRUN_VARIABLES and not key.startswith(TORCHRUN_PREFIXES)
-    }
+    environment = engine_environment()
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     if visible_devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible_devices
     environment |= {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(PACKAGE_ROOT), environment.get("PYTHONPATH")))),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
         "TORCHDYNAMO_DISABLE": "1",
     }
     with tempfile.TemporaryDirectory() as scratch:

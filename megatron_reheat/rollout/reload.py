@@ -1,40 +1,39 @@
 """The engine's end of a weight sync: checks what arrived, then hands it to vLLM's layerwise reload.
 
 vLLM cannot undo a reload that met a tensor of the wrong shape, so every name, shape and digest is checked before vLLM
-sees the tensor. A sync that fails any check leaves the loader without a version, and without one nothing is sampled.
+sees the tensor. After a sync that failed any check the model must not sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from vllm import LLMEngine
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from megatron_reheat.errors import WeightSyncError
-from megatron_reheat.rollout.shared_memory import Entry, SharedBuffer, digest
+from megatron_reheat.rollout.packed import Entry, digest
 
 NAMES_IN_MESSAGE = 5
 
 
 class WeightLoader:
-    """Loads Hugging Face named tensors into a vLLM engine that lives in this process.
+    """Loads Hugging Face named tensors into a vLLM model that lives in this process.
 
-    One sync is `begin`, then any number of `load` and `recycle`, then `commit`.
+    One sync is `begin`, then any number of `load`, then `commit`.
+
+    Args:
+        model: vLLM's module, or this worker's part of it under tensor parallelism.
+        model_path: Hugging Face folder or hub name, for the names and shapes to expect.
     """
 
-    def __init__(self, engine: LLMEngine, model_path: str, buffer: SharedBuffer) -> None:
-        self.version: int | None = None
-        self._engine = engine
-        self._buffer = buffer
-        worker: Any = engine.collective_rpc(lambda worker: worker)[0]
-        self._vllm_config = worker.vllm_config
-        self._model = worker.model_runner.get_model()
+    def __init__(self, model: torch.nn.Module, vllm_config: Any, model_path: str) -> None:
+        self._model: Any = model
+        self._vllm_config = vllm_config
         hf_config = AutoConfig.from_pretrained(model_path)
         self._tied = bool(hf_config.tie_word_embeddings)
         self._expected = _hf_shapes(hf_config)
@@ -43,10 +42,8 @@ class WeightLoader:
         self._corrupted: list[str] = []
         self._reloading = False
 
-    def begin(self, capacity: int) -> None:
-        """Starts a sync through a buffer of `capacity` bytes; from here on there is no version until `commit`."""
-        self.version = None
-        self._buffer.resize(capacity)
+    def begin(self) -> None:
+        """Starts a sync; from here on the model cannot be used until `commit`."""
         self._received = {}
         self._problems = []
         self._corrupted = []
@@ -57,53 +54,63 @@ class WeightLoader:
             initialize_layerwise_reload(self._model)
         self._reloading = True
 
-    def load(self, entries: Sequence[Entry]) -> None:
-        """Loads tensors that lie in the shared buffer; problems are kept for `commit` to report."""
-        good = [item for entry in entries if (item := self._check(entry)) is not None]
+    def load(self, items: Iterable[tuple[Entry, torch.Tensor]]) -> None:
+        """Loads tensors; problems are kept for `commit` to report.
+
+        vLLM keeps the tensors of a layer until the layer is complete: see `release`.
+        """
+        good = [(entry.name, tensor) for entry, tensor in items if self._check(entry, tensor)]
         if self._problems or self._corrupted:
             return
         with torch.no_grad(), set_current_vllm_config(self._vllm_config):
             self._model.load_weights(iter(good))
 
-    def recycle(self, capacity: int) -> None:
-        """The sender is about to overwrite the buffer, and may be growing it to `capacity` bytes.
+    def release(self, holds: Callable[[torch.Tensor], bool]) -> None:
+        """Copies the waiting tensors for which `holds` is true, whose memory is about to be overwritten.
 
-        vLLM keeps the tensors of a layer until the layer is complete (a fused projection needs q, k and v), so those
-        still waiting are copied out first. That is at most a few layers when tensors come in layer order.
+        A fused projection, for one, needs q, k and v. At most a few layers wait when tensors come in layer order.
         """
         for layer in self._model.modules():
             for _, call in get_layerwise_info(layer).loaded_weights:
                 for name, value in call.arguments.items():
-                    if isinstance(value, torch.Tensor) and self._buffer.holds(value):
+                    if isinstance(value, torch.Tensor) and holds(value):
                         call.arguments[name] = value.clone()
-        self._buffer.resize(capacity)
 
-    def commit(self, version: int) -> tuple[int, int]:
-        """Makes the received weights the engine's; returns the number of tensors and of bytes received.
+    def commit(self) -> tuple[int, int]:
+        """Makes the received weights the model's; returns the number of tensors and of bytes received.
 
         Raises:
             WeightSyncError: naming the tensors that were wrong or missing.
         """
-        missing = sorted(self._expected.keys() - self._received.keys())
         self._finalize()
-        self._raise_problems(missing)
-        if not self._engine.reset_prefix_cache():
-            raise WeightSyncError("the engine could not drop its prefix cache because requests are still running")
-        self.version = version
+        self.check()
         return len(self._received), sum(self._received.values())
 
-    def _check(self, entry: Entry) -> tuple[str, torch.Tensor] | None:
+    def check(self) -> None:
+        """Whether what was received is the whole model and nothing else.
+
+        Raises:
+            WeightSyncError: naming the tensors that were wrong or missing.
+        """
+        if self._problems:
+            raise WeightSyncError(f"weight sync refused: {_some(self._problems, '; ')}")
+        if self._corrupted:
+            raise WeightSyncError(f"these tensors changed between trainer and engine: {_some(self._corrupted)}")
+        missing = sorted(self._expected.keys() - self._received.keys())
+        if missing:
+            raise WeightSyncError(f"the trainer did not send these parameters: {_some(missing)}")
+
+    def _check(self, entry: Entry, tensor: torch.Tensor) -> bool:
         if self._tied and entry.name == "lm_head.weight":
-            return None  # the embedding under its second name
+            return False  # the embedding under its second name
         problem = self._problem(entry)
         if problem is not None:
             self._problems.append(problem)
-            return None
-        tensor = self._buffer.read(entry)
+            return False
         self._received[entry.name] = tensor.nbytes
         if entry.digest is not None and digest(entry.name, tensor) != entry.digest:
             self._corrupted.append(entry.name)
-        return entry.name, tensor
+        return True
 
     def _problem(self, entry: Entry) -> str | None:
         expected = self._expected.get(entry.name)
@@ -114,14 +121,6 @@ class WeightLoader:
         if entry.name in self._received:
             return f"{entry.name} was sent twice"
         return None
-
-    def _raise_problems(self, missing: list[str]) -> None:
-        if self._problems:
-            raise WeightSyncError(f"weight sync refused: {_some(self._problems, '; ')}")
-        if self._corrupted:
-            raise WeightSyncError(f"these tensors changed between trainer and engine: {_some(self._corrupted)}")
-        if missing:
-            raise WeightSyncError(f"the trainer did not send these parameters: {_some(missing)}")
 
     def _finalize(self) -> None:
         with torch.no_grad(), set_current_vllm_config(self._vllm_config):

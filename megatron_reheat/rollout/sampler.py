@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,10 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from megatron_reheat.errors import ReheatError, WeightSyncError
+from megatron_reheat.rollout.packed import Entry
 from megatron_reheat.rollout.reload import WeightLoader
 from megatron_reheat.rollout.shared_memory import SharedBuffer
 from megatron_reheat.rollout.wire import SampleReply, SampleRequest, WorkerSettings
-
-CPU_BATCHED_TOKENS = 8192
-CPU_KV_CACHE_MB = 1024
 
 
 class Sampler:
@@ -25,23 +23,25 @@ class Sampler:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._on_cpu = current_platform.is_cpu()
-        self._engine = LLMEngine.from_engine_args(_engine_args(settings, self._on_cpu))
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**settings.options))
         model_config = self._engine.model_config
         if self._on_cpu:
             _check_head_size(model_config)
         self.vocab_size = model_config.get_vocab_size()
         self.max_model_len = model_config.max_model_len
-        buffer = SharedBuffer(settings.buffer_fd, settings.buffer_capacity)
-        self._loader = WeightLoader(self._engine, settings.model_path, buffer)
+        self._version: int | None = None
+        self._buffer = SharedBuffer(settings.buffer_fd, settings.buffer_capacity)
+        worker: Any = self._engine.collective_rpc(lambda worker: worker)[0]
+        self._loader = WeightLoader(worker.model_runner.get_model(), worker.vllm_config, settings.options["model"])
         self.operations: dict[str, Callable[..., Any]] = {
             "generate": self.generate,
-            "begin": self._loader.begin,
-            "load": self._loader.load,
-            "recycle": self._loader.recycle,
-            "commit": self._loader.commit,
+            "begin": self._begin,
+            "load": self._load,
+            "recycle": self._recycle,
+            "commit": self._commit,
             "sleep": self._sleep,
             "wake": self._wake,
-            "version": lambda: self._loader.version,
+            "version": lambda: self._version,
         }
 
     def generate(self, request: SampleRequest) -> SampleReply:
@@ -50,7 +50,7 @@ class Sampler:
         Raises:
             WeightSyncError: before the first sync and after a failed one.
         """
-        if self._loader.version is None:
+        if self._version is None:
             raise WeightSyncError("the engine holds no complete weights; sync weights before sampling")
         prompts = request.prompts()
         try:
@@ -65,49 +65,43 @@ class Sampler:
         except BaseException:
             self._abort_all()
             raise
-        return _pack_reply(finished, self._loader.version)
+        return _pack_reply(finished, self._version)
 
     def _abort_all(self) -> None:
         # a request that failed inside a step stays queued, and the next call would wait for it for ever
         queued = list(self._engine.output_processor.request_states)
         self._engine.abort_request(queued, internal=True)
 
+    def _begin(self, capacity: int) -> None:
+        """Starts a sync through a buffer of `capacity` bytes; from here on nothing is sampled until `commit`."""
+        self._version = None
+        self._buffer.resize(capacity)
+        self._loader.begin()
+
+    def _load(self, entries: Sequence[Entry]) -> None:
+        self._loader.load((entry, self._buffer.read(entry)) for entry in entries)
+
+    def _recycle(self, capacity: int) -> None:
+        """The sender is about to overwrite the buffer, and may be growing it to `capacity` bytes."""
+        self._loader.release(self._buffer.holds)
+        self._buffer.resize(capacity)
+
+    def _commit(self, version: int) -> tuple[int, int]:
+        received = self._loader.commit()
+        if not self._engine.reset_prefix_cache():
+            raise WeightSyncError("the engine could not drop its prefix cache because requests are still running")
+        self._version = version
+        return received
+
     def _sleep(self) -> None:
         """Level 2 drops weights and KV cache; vLLM on CPU has no memory to give back."""
         if not self._on_cpu:
-            self._loader.version = None
+            self._version = None
             self._engine.sleep(level=2)
 
     def _wake(self) -> None:
         if not self._on_cpu:
             self._engine.wake_up()
-
-
-def _engine_args(settings: WorkerSettings, on_cpu: bool) -> EngineArgs:
-    options: dict[str, Any] = {
-        "model": settings.model_path,
-        "dtype": settings.dtype,
-        "seed": settings.seed,
-        "max_num_seqs": settings.max_num_seqs,
-        "max_model_len": settings.max_model_len,
-        "enforce_eager": settings.enforce_eager,
-        "gpu_memory_utilization": settings.gpu_memory_utilization,
-        "load_format": "dummy",  # the trainer sends the weights
-        "skip_tokenizer_init": True,
-        "logprobs_mode": "processed_logprobs",  # at the sampling temperature
-        "generation_config": "vllm",  # the model folder's sampling defaults must not leak in
-        "disable_log_stats": True,
-    }
-    if on_cpu:
-        # a prefill cut in two rewinds the request's generator by an offset, which CPU generators do not have
-        options["enable_chunked_prefill"] = False
-        options["max_num_batched_tokens"] = max(CPU_BATCHED_TOKENS, settings.max_model_len or 0, settings.max_num_seqs)
-        options["kv_cache_memory_bytes"] = (settings.kv_cache_mb or CPU_KV_CACHE_MB) << 20
-    else:
-        options["enable_sleep_mode"] = True
-        if settings.kv_cache_mb:
-            options["kv_cache_memory_bytes"] = settings.kv_cache_mb << 20
-    return EngineArgs(**options)
 
 
 def _check_head_size(model_config: Any) -> None:

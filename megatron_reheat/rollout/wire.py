@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,16 +14,9 @@ from megatron_reheat.types import Completion, FloatArray, SamplingParams, TokenA
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What the trainer asks of a new engine process. `kv_cache_mb` None: vLLM's share of a GPU, 1 GiB on CPU."""
+    """What the trainer asks of a new engine process: vLLM's engine arguments, and the buffer weights come through."""
 
-    model_path: str
-    dtype: str
-    seed: int
-    max_num_seqs: int
-    max_model_len: int | None
-    enforce_eager: bool
-    kv_cache_mb: int | None
-    gpu_memory_utilization: float
+    options: dict[str, Any]
     buffer_fd: int
     buffer_capacity: int
 

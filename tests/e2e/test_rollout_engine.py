@@ -17,6 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import ConfigError, EngineDied, ReheatError, WeightSyncError
+from megatron_reheat.rollout import embedded
 from megatron_reheat.rollout.embedded import EmbeddedEngine
 from megatron_reheat.rollout.shared_memory import SharedBuffer
 from megatron_reheat.rollout.weight_sync import WeightSync, mismatch
@@ -259,7 +260,7 @@ def test_bad_sampling_settings_are_refused(tied, changes, n, message):
 
 def test_a_request_that_fails_inside_vllm_leaves_the_engine_usable(tied, monkeypatch):
     # without our own check vLLM meets the unknown token in the middle of a step
-    monkeypatch.setattr(EmbeddedEngine, "_checked", lambda self, prompts: [np.array(p, np.int32) for p in prompts])
+    monkeypatch.setattr(embedded, "check_prompts", lambda prompts, *_: [np.array(p, np.int32) for p in prompts])
     with pytest.raises(ReheatError, match="vLLM raised"):
         tied.engine.generate([PROMPTS[0], [3, 10**6]], SAMPLED, n=2, seed=0)
     monkeypatch.undo()

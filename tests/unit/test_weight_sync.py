@@ -15,7 +15,8 @@ import torch
 from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import EngineDied, WeightSyncError
 from megatron_reheat.rollout.child_process import PACKAGE_ROOT, ChildProcess
-from megatron_reheat.rollout.shared_memory import Entry, SharedBuffer, digest
+from megatron_reheat.rollout.packed import Entry, digest
+from megatron_reheat.rollout.shared_memory import SharedBuffer
 from megatron_reheat.rollout.weight_sync import WeightSync, check_mismatch, mismatch
 from megatron_reheat.rollout.wire import SampleReply, SampleRequest
 from megatron_reheat.types import SamplingParams

@@ -1,0 +1,65 @@
+"""What every vLLM engine of a run is started with, in our processes and in servers, and the environment it gets."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_reheat.config import RolloutConfig
+
+CPU_BATCHED_TOKENS = 8192
+CPU_KV_CACHE_MB = 1024
+# the engine is not a rank of the trainer's job, and must not join it
+TORCHRUN_VARIABLES = frozenset(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+TORCHRUN_PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "PET_")
+
+
+def engine_options(config: RolloutConfig, model_path: str, *, dtype: str, seed: int, on_cpu: bool) -> dict[str, Any]:
+    """vLLM's engine arguments by name. `dtype` counts when `rollout.dtype` is auto."""
+    options: dict[str, Any] = {
+        "model": model_path,
+        "dtype": dtype if config.dtype == "auto" else config.dtype,
+        "seed": seed,
+        "max_num_seqs": config.max_num_seqs,
+        "max_model_len": config.max_model_len,
+        "enforce_eager": config.enforce_eager,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "load_format": "dummy",  # the trainer sends the weights
+        "skip_tokenizer_init": True,
+        "logprobs_mode": "processed_logprobs",  # at the sampling temperature
+        "generation_config": "vllm",  # the model folder's sampling defaults must not leak in
+    }
+    if on_cpu:
+        # a prefill cut in two rewinds the request's generator by an offset, which CPU generators do not have
+        options["enable_chunked_prefill"] = False
+        options["max_num_batched_tokens"] = max(CPU_BATCHED_TOKENS, config.max_model_len or 0, config.max_num_seqs)
+        options["kv_cache_memory_bytes"] = (config.kv_cache_mb or CPU_KV_CACHE_MB) << 20
+    elif config.kv_cache_mb:
+        options["kv_cache_memory_bytes"] = config.kv_cache_mb << 20
+    return options
+
+
+def command_line(options: Mapping[str, Any]) -> list[str]:
+    """The same options as flags of vLLM's server; None is left to vLLM."""
+    flags: list[str] = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            flags += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return flags
+
+
+def engine_environment() -> dict[str, str]:
+    """This process's environment without what would make vLLM a rank of our job or change what it is told."""
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in TORCHRUN_VARIABLES and not key.startswith(TORCHRUN_PREFIXES)
+    }
+    env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override rollout.kv_cache_mb
+    env["VLLM_NO_USAGE_STATS"] = "1"
+    return env

@@ -1,0 +1,18 @@
+"""The end of what a child process printed, for the error that tells of its end."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+LOG_TAIL_LINES = 8
+LOG_TAIL_BYTES = 4000
+
+
+def log_tail(log_file: Path, start: int) -> str:
+    """The last lines after byte `start`, where this child's output begins, as the end of a message."""
+    with log_file.open("rb") as log:
+        size = log.seek(0, os.SEEK_END)
+        log.seek(max(start, size - LOG_TAIL_BYTES))
+        lines = log.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+    return f"; last lines of {log_file}:\n" + "\n".join(f"  {line}" for line in lines)

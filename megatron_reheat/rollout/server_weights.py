@@ -1,0 +1,126 @@
+"""One in-place weight update of every vLLM server at once, in buckets, while the trainer gathers the next ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from megatron_reheat.config import RolloutConfig
+from megatron_reheat.errors import EngineDied, ReheatError
+from megatron_reheat.rollout.server_client import ServerClient
+from megatron_reheat.rollout.servers import Servers
+from megatron_reheat.rollout.weight_sender import GlooSender, Named, NcclSender, WeightSender, address_towards
+
+UNFINISHED = "unfinished"  # weight label of a server between the start of an update and its end
+
+
+class ServerWeights:
+    """Holds the group of this process and all workers, from the first update until something fails."""
+
+    def __init__(self, servers: Servers, config: RolloutConfig, on_cpu: bool) -> None:
+        self._servers = servers
+        self._config = config
+        self._on_cpu = on_cpu
+        self._sender: WeightSender | None = None
+        self._updating = False
+
+    def update(self, tensors: Iterator[Named], label: str, verify: bool) -> tuple[int, int, bool]:
+        """Returns the numbers of tensors and bytes sent, and whether digests were compared.
+
+        Raises:
+            EngineDied: a server failed; `servers.dead` says whether it is gone.
+            RuntimeError: the transfer itself failed.
+        """
+        sender, post = self._connect(), self._servers.post
+        verify = verify and sender.can_verify
+        post("update_weight_version", {"new_version": UNFINISHED}).result()
+        post("pause?mode=wait").result()
+        self._updating = True
+        post("start_weight_update").result()
+        num_tensors = num_bytes = 0
+        for bucket in _buckets(tensors, self._config.sync_bucket_mb << 20):
+            info, packed = sender.pack(bucket, verify)
+            received = post("update_weights", {"update_info": info})
+            _meet(lambda packed=packed: sender.send(packed), received)  # type: ignore[misc]
+            num_tensors += len(bucket)
+            num_bytes += sum(t.nbytes for _, t in bucket)
+        if sender.last_info is not None:
+            post("update_weights", {"update_info": sender.last_info}).result()
+        post("finish_weight_update", {"weight_version": label}).result()
+        self._updating = False
+        post("reset_prefix_cache").result()
+        post("resume").result()
+        return num_tensors, num_bytes, verify
+
+    def disconnect(self) -> None:
+        """Gives the group and an update under way up, here and on the servers that live.
+
+        The next update makes a new group. Servers that cannot take one are put down as dead.
+        """
+        sender, self._sender = self._sender, None
+        updating, self._updating = self._updating, False
+        if sender is None:
+            return
+        for client in self._servers.alive:
+            try:
+                if updating:
+                    self._give_up(client, sender)
+                self._servers.network.run(client.post("shutdown_weight_transfer_engine"))
+            except ReheatError as error:
+                self._servers.dead[client.url] = EngineDied(f"{error}; it has to be started again")
+
+    def _give_up(self, client: ServerClient, sender: WeightSender) -> None:
+        if not sender.can_retry:
+            raise EngineDied(f"vLLM server {client.url} was left with half of its weights replaced")
+        # vLLM has no way to give an update up but one that fails
+        with contextlib.suppress(ReheatError):
+            self._servers.network.run(client.post("update_weights", {"update_info": {"given_up": True}}))
+
+    def _connect(self) -> WeightSender:
+        if self._sender is not None:
+            return self._sender
+        info = self._servers.info
+        addresses = [address_towards(urlsplit(url).hostname or "") for url in info]
+        # where any server is on another machine, that machine's view of us is the one that all can use
+        address = next((a for a in addresses if not a.startswith("127.")), addresses[0])
+        offsets, next_offset = {}, 1
+        for url, server in info.items():
+            offsets[url] = next_offset
+            next_offset += server.num_workers
+        num_workers = next_offset - 1
+        sender: WeightSender = (
+            GlooSender(address, num_workers, self._config.timeout_s)
+            if self._on_cpu
+            else NcclSender(address, num_workers)
+        )
+        joined = self._servers.post(
+            "init_weight_transfer_engine", lambda url: {"init_info": sender.init_info(offsets[url])}
+        )
+        self._sender = sender
+        _meet(sender.join, joined)
+        return sender
+
+
+def _meet(ours: Callable[[], None], theirs: Any) -> None:
+    """Takes our part in a collective while the servers take theirs; their failure explains ours."""
+    try:
+        ours()
+    except RuntimeError:
+        theirs.result()
+        raise
+    theirs.result()
+
+
+def _buckets(tensors: Iterator[Named], capacity: int) -> Iterator[list[Named]]:
+    bucket: list[Named] = []
+    size = 0
+    for name, tensor in tensors:
+        if bucket and size + tensor.nbytes > capacity:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket

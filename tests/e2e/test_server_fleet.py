@@ -1,0 +1,282 @@
+"""`server` mode: two real vLLM servers, fed and asked over HTTP, against the embedded engine and transformers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_reheat.config import RolloutConfig
+from megatron_reheat.errors import ConfigError, EngineDied, WeightSyncError
+from megatron_reheat.rollout.embedded import EmbeddedEngine
+from megatron_reheat.rollout.fleet import ServerFleet
+from megatron_reheat.rollout.server_process import ServerProcess, transfer_backend
+from megatron_reheat.rollout.server_weights import ServerWeights
+from megatron_reheat.rollout.servers import Servers
+from megatron_reheat.rollout.weight_sync import WeightSync
+from megatron_reheat.types import SamplingParams
+from tests.tiny_models import save_tiny_model
+
+TOLERANCE = 1e-3
+CONFIG = RolloutConfig(
+    max_model_len=256, max_num_seqs=8, enforce_eager=True, kv_cache_mb=64, threads=1, timeout_s=120, start_timeout_s=300
+)
+SAMPLED = SamplingParams(temperature=1.0, max_tokens=24)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
+PROMPTS = [[2 + (5 * i + 3 * j) % 120 for j in range(6 + i)] for i in range(12)]
+LONG_PROMPT = [2 + (7 * j) % 120 for j in range(200)]  # longer than a KV block of 128, so that prefixes are cached
+
+
+class Rig:
+    """A tiny model with a tied head, and what is needed to talk to its two servers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = save_tiny_model("qwen3_tied", folder / "model")
+        self.hf = AutoConfig.from_pretrained(self.folder)
+        self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        self.processes: dict[str, ServerProcess] = {}
+        self.urls = [f"http://127.0.0.1:{_free_port()}" for _ in range(2)]
+        self.servers = Servers(
+            self.urls, {url: self._starter(url, folder) for url in self.urls}, CONFIG, self.hf, transfer_backend(True)
+        )
+        self.weights = ServerWeights(self.servers, CONFIG, on_cpu=True)
+        self.fleet = ServerFleet(self.servers, self.hf.vocab_size, CONFIG, label="run", weights=self.weights)
+        self.sync = WeightSync(self.fleet, CONFIG)
+        self.version = 0
+
+    def _starter(self, url: str, folder: Path) -> Callable[[], ServerProcess]:
+        port = int(url.rsplit(":", 1)[1])
+
+        def start() -> ServerProcess:
+            self.processes[url] = ServerProcess(
+                str(self.folder), self.hf, CONFIG, dtype="float32", seed=0, port=port, log_file=folder / f"{port}.log"
+            )
+            return self.processes[url]
+
+        return start
+
+    @torch.no_grad()
+    def randomize(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * 0.1 if parameter.dim() > 1 else 1 + noise * 0.1)
+
+    def tensors(self) -> list[tuple[str, torch.Tensor]]:
+        return [(name, parameter.detach()) for name, parameter in self.model.named_parameters()]
+
+    def push(self, tensors=None):
+        self.version += 1
+        return self.sync.push(self.tensors() if tensors is None else tensors, self.version)
+
+    def ready(self) -> ServerFleet:
+        if self.fleet.policy_version is None:
+            self.push()
+        return self.fleet
+
+    def only(self, url: str) -> ServerFleet:
+        """A fleet of one of the servers, for a look at it alone."""
+        servers = Servers([url], {}, CONFIG, self.hf, transfer_backend(True))
+        fleet = ServerFleet(servers, self.hf.vocab_size, CONFIG, label="run", weights=None)
+        fleet.adopt(self.version)
+        return fleet
+
+    def assert_agrees(self, fleet: ServerFleet, prompts=PROMPTS) -> None:
+        for prompt, (completion,) in zip(prompts, fleet.generate(prompts, GREEDY, n=1, seed=0), strict=True):
+            sequence = torch.tensor([[*prompt, *completion.token_ids.tolist()]])
+            with torch.no_grad():
+                logits = self.model(sequence).logits[0, len(prompt) - 1 : -1]
+            assert completion.token_ids.tolist() == logits.argmax(-1).tolist()
+            expected = logits.log_softmax(-1).max(-1).values.numpy()
+            assert np.abs(completion.rollout_logprobs - expected).max() <= TOLERANCE
+            assert completion.policy_version == self.version
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory) -> Iterator[Rig]:
+    rig = Rig(tmp_path_factory.mktemp("servers"))
+    try:
+        rig.fleet.wait_ready()
+        yield rig
+    finally:
+        rig.fleet.close()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(p.alive for p in rig.processes.values()):
+        time.sleep(0.1)
+    assert not any(p.alive for p in rig.processes.values())
+
+
+def test_nothing_is_sampled_before_the_first_sync(rig: Rig) -> None:
+    with pytest.raises(WeightSyncError, match="hold no complete weights"):
+        rig.fleet.generate(PROMPTS, GREEDY, n=1, seed=0)
+
+
+def test_both_servers_hold_what_was_sent(rig: Rig) -> None:
+    for seed in (1, 2):
+        rig.randomize(seed)
+        report = rig.push()
+        assert (report.version, report.num_tensors) == (rig.version, len(rig.tensors()))
+        assert report.num_bytes == sum(t.nbytes for _, t in rig.tensors())
+        assert report.verified == (seed == 1)
+        for url in rig.urls:
+            rig.assert_agrees(rig.only(url))
+
+
+def test_a_sync_drops_cached_prefixes(rig: Rig) -> None:
+    for seed in (3, 4):
+        rig.randomize(seed)
+        rig.push()
+        for url in rig.urls:
+            rig.assert_agrees(rig.only(url), [LONG_PROMPT])
+
+
+def test_many_small_buckets_arrive_as_one_update(rig: Rig) -> None:
+    rig.randomize(5)
+    small = CONFIG.model_copy(update={"sync_bucket_mb": 0})  # every tensor a bucket of its own
+    rig.weights._config = small
+    try:
+        rig.push()
+    finally:
+        rig.weights._config = CONFIG
+    rig.assert_agrees(rig.fleet)
+
+
+def test_the_samples_are_the_embedded_engines(rig: Rig, tmp_path: Path) -> None:
+    fleet = rig.ready()
+    engine = EmbeddedEngine(str(rig.folder), CONFIG, dtype="float32", log_file=tmp_path / "engine.log")
+    try:
+        engine.update_weights(rig.tensors(), rig.version, verify=False)
+        expected = engine.generate(PROMPTS, SAMPLED, n=3, seed=7)
+    finally:
+        engine.close()
+    for ours, theirs in zip(fleet.generate(PROMPTS, SAMPLED, n=3, seed=7), expected, strict=True):
+        assert [c.token_ids.tolist() for c in ours] == [c.token_ids.tolist() for c in theirs]
+        for a, b in zip(ours, theirs, strict=True):
+            assert np.abs(a.rollout_logprobs - b.rollout_logprobs).max() <= TOLERANCE
+            assert a.finish_reason == b.finish_reason
+
+
+def test_prompts_are_spread_over_both_servers(rig: Rig) -> None:
+    fleet = rig.ready()
+    before = [_prompts_served(rig, url) for url in rig.urls]
+    fleet.generate(PROMPTS, SAMPLED, n=2, seed=0)
+    served = [_prompts_served(rig, url) - b for url, b in zip(rig.urls, before, strict=True)]
+    assert sum(served) == 2 * len(PROMPTS) and min(served) >= len(PROMPTS) // 2
+
+
+def test_wrong_tensors_are_named_and_the_next_sync_repairs(rig: Rig) -> None:
+    rig.randomize(6)
+    wrong = [(n, t[:-1] if n.endswith("layers.1.mlp.up_proj.weight") else t) for n, t in rig.tensors()]
+    with pytest.raises(WeightSyncError, match=r"layers\.1\.mlp\.up_proj\.weight has shape \(79, 48\)"):
+        rig.push(wrong)
+    assert rig.fleet.policy_version is None
+    with pytest.raises(WeightSyncError, match="hold no complete weights"):
+        rig.fleet.generate(PROMPTS, GREEDY, n=1, seed=0)
+    with pytest.raises(WeightSyncError, match=r"did not send these parameters: model\.norm\.weight"):
+        rig.push([(n, t) for n, t in rig.tensors() if n != "model.norm.weight"])
+    assert rig.push().verified
+    rig.assert_agrees(rig.fleet)
+
+
+def test_a_tensor_that_changes_on_the_way_is_named(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_reheat.rollout import weight_sender
+
+    def send_noise(self, packed) -> None:
+        packed[0][-64:] += 1
+        self._group.broadcast(packed[0])
+
+    rig.push()
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_sender.GlooSender, "send", send_noise)
+        patch.setattr(rig.sync, "_verify_every", 1)
+        with pytest.raises(WeightSyncError, match="changed between trainer and engine"):
+            rig.push()
+    assert rig.push().verified
+
+
+def test_weights_changed_by_somebody_else_are_noticed(rig: Rig) -> None:
+    fleet = rig.ready()
+    rig.servers.post("update_weight_version", {"new_version": "another run's"}).result()
+    with pytest.raises(WeightSyncError, match="another run's"):
+        fleet.generate(PROMPTS, GREEDY, n=1, seed=0)
+    rig.push()
+    rig.assert_agrees(rig.fleet)
+
+
+def test_prompts_that_cannot_be_served_are_refused(rig: Rig) -> None:
+    fleet = rig.ready()
+    with pytest.raises(ConfigError, match="prompt 1 has 256 tokens"):
+        fleet.generate([[3], [3] * 256], GREEDY, n=1, seed=0)
+    with pytest.raises(ConfigError, match="prompt 0 holds token id 131"):
+        fleet.generate([[131]], GREEDY, n=1, seed=0)
+
+
+def test_a_server_of_another_kind_is_refused(rig: Rig, tmp_path: Path) -> None:
+    rig.ready()
+    other = AutoConfig.from_pretrained(rig.folder)
+    other.num_hidden_layers = 7
+    for hf, config, backend, message in (
+        (other, CONFIG, transfer_backend(True), "num_hidden_layers 4, .*but model.hf_path has .*num_hidden_layers 7"),
+        (rig.hf, CONFIG, transfer_backend(False), "takes weights over reheat_gloo, this trainer sends them over nccl"),
+        (rig.hf, CONFIG.model_copy(update={"max_model_len": 512}), transfer_backend(True), "a context of 256 tokens"),
+    ):
+        servers = Servers(rig.urls[:1], {}, config, hf, backend)
+        with pytest.raises(ConfigError, match=message):
+            servers.wait_ready()
+        servers.close()
+
+
+def test_a_server_that_is_not_there_is_named() -> None:
+    config = CONFIG.model_copy(update={"start_timeout_s": 0.5})
+    servers = Servers([f"http://127.0.0.1:{_free_port()}"], {}, config, None, "any")
+    with pytest.raises(EngineDied, match=r"is not ready after 0\.5 s.*rollout\.servers"):
+        servers.wait_ready()
+    servers.close()
+
+
+def test_a_killed_server_costs_no_sample_and_comes_back_with_the_weights(rig: Rig) -> None:
+    fleet = rig.ready()
+    expected = fleet.generate(PROMPTS, SAMPLED, n=8, seed=3)
+    victim = rig.urls[0]
+    engine_core = next(
+        p for p in psutil.Process(rig.processes[victim].pid).children(recursive=True) if "EngineCore" in p.name()
+    )
+    threading.Timer(0.05, os.kill, (engine_core.pid, signal.SIGKILL)).start()
+    deadline = time.monotonic() + 60
+    while not rig.servers.dead and time.monotonic() < deadline:
+        got = fleet.generate(PROMPTS, SAMPLED, n=8, seed=3)
+        assert [[c.token_ids.tolist() for c in g] for g in got] == [[c.token_ids.tolist() for c in g] for g in expected]
+    assert list(rig.servers.dead) == [victim]
+    with pytest.raises(EngineDied):
+        rig.push()
+    first = rig.processes[victim].pid
+    fleet.restart()
+    assert rig.processes[victim].pid != first
+    rig.randomize(8)
+    assert rig.push().verified
+    for url in rig.urls:
+        rig.assert_agrees(rig.only(url))
+    assert not engine_core.is_running()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def _prompts_served(rig: Rig, url: str) -> float:
+    """vLLM's own count of sequences it has finished."""
+    import urllib.request
+
+    text = urllib.request.urlopen(f"{url}/metrics").read().decode()
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith("vllm:request_success_total"))
