@@ -64,13 +64,27 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def wait_ready(self) -> float:
+        """Waits until the engine can serve; returns the seconds from its start until it could.
+
+        Raises:
+            EngineDied: when it ended, or was not ready within `rollout.start_timeout_s`.
+        """
+        ...
+
+    def restart(self) -> None:
+        """Replaces what died; weights must be sent again before anything is sampled.
+
+        Raises:
+            EngineDied: after `rollout.max_restarts` restarts.
+        """
+        ...
+
     def sleep(self) -> None:
         """Gives accelerator memory back; a weight sync must follow `wake` if weights were dropped."""
         ...
 
     def wake(self) -> None: ...
-
-    def health(self) -> EngineHealth: ...
 
     def close(self) -> None:
         """Ends the engine; safe to call twice."""

@@ -10,8 +10,8 @@ from megatron_reheat.errors import EngineDied, ReheatError
 from megatron_reheat.model.engine import Engine
 from megatron_reheat.parallel.topology import Topology
 from megatron_reheat.rewards.pool import VerifierPool
-from megatron_reheat.rollout.embedded import EmbeddedEngine
-from megatron_reheat.rollout.engine import SyncReport
+from megatron_reheat.rollout.engine import RolloutEngine, SyncReport
+from megatron_reheat.rollout.fleet import ServerFleet
 from megatron_reheat.rollout.weight_sync import WeightSync
 from megatron_reheat.stages.clock import Clock
 from megatron_reheat.types import Completion, Group, Prompt, Reward, SamplingParams
@@ -32,13 +32,15 @@ class Policy:
 
     A replica's first rank holds its engine and its verifiers; on the other ranks both are None. An engine that dies is
     restarted, given the weights again and asked again, up to `rollout.max_restarts` times; `engine_restarts` counts.
+
+    Servers (`ServerFleet`) are one engine that all replicas share: the first replica feeds and restarts it for all.
     """
 
     def __init__(
         self,
         engine: Engine,
         topology: Topology,
-        sampler: EmbeddedEngine | None,
+        sampler: RolloutEngine | None,
         verifiers: VerifierPool | None,
         decode: Callable[[Sequence[int]], str],
     ) -> None:
@@ -50,6 +52,7 @@ class Policy:
         self._topology = topology
         self._sampler = sampler
         self._verifiers = verifiers
+        self._shared = engine.config.rollout.mode == "server"
         self._weight_sync = WeightSync(sampler, engine.config.rollout)
 
     def publish(self, version: int) -> SyncReport:
@@ -119,11 +122,20 @@ class Policy:
             return self._weight_sync.push(self.engine.iter_hf_weights(), self.version)
 
         # the ranks of a replica produce the tensors together, so all of them take part
-        answers = self._ask(push)
+        action = None if self._follows else push
+        answers = self._ask(action)
         while any(a.died for a in answers):
             self._revive(answers)
-            answers = self._ask(push)
+            answers = self._ask(action)
+        if self._follows and self._sampler is not None:
+            assert isinstance(self._sampler, ServerFleet)
+            self._sampler.adopt(self.version)
         return [a.value for a in answers]
+
+    @property
+    def _follows(self) -> bool:
+        """Whether another replica feeds the engine that this one samples from."""
+        return self._shared and self._topology.data_rank > 0
 
     def _ask(self, action: Callable[[], Any] | None) -> list[_Answer]:
         """Runs `action` where there is one and tells every rank how it went in each replica."""
@@ -140,8 +152,9 @@ class Policy:
     def _revive(self, answers: Sequence[_Answer]) -> None:
         error = None
         self.engine_restarts += sum(a.died is not None for a in answers)
-        died = answers[self._topology.data_rank].died
-        if died and self._sampler is not None:
+        deaths = [a.died for a in answers if a.died] if self._shared else [answers[self._topology.data_rank].died]
+        died = next(iter(deaths), None)
+        if died and not self._follows and self._sampler is not None:
             try:
                 self._sampler.restart()
                 self._sampler.wait_ready()

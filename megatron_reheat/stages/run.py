@@ -20,7 +20,7 @@ from megatron_reheat.model.engine import Engine
 from megatron_reheat.parallel import topology as parallel_topology
 from megatron_reheat.parallel.topology import Topology
 from megatron_reheat.rewards.pool import VerifierPool
-from megatron_reheat.rollout.embedded import EmbeddedEngine
+from megatron_reheat.rollout.engine import RolloutEngine
 from megatron_reheat.run_folder import RunFolder
 from megatron_reheat.run_logger import RunLogger, StepRecord
 from megatron_reheat.stages.controller import Controller, ControllerState, Verdict
@@ -30,6 +30,7 @@ from megatron_reheat.stages.outcome import StepOutcome
 from megatron_reheat.stages.policy import Policy
 from megatron_reheat.stages.reheat import ReheatStage
 from megatron_reheat.stages.rlvr import RLVRStage
+from megatron_reheat.stages.sampler import start_sampler
 from megatron_reheat.stages.sft import SFTStage
 from megatron_reheat.stop_request import stop_requested
 
@@ -77,23 +78,10 @@ class _Helpers:
     """
 
     def __init__(self, config: Config, topology: Topology, inputs: Inputs) -> None:
-        self.sampler: EmbeddedEngine | None = None
-        self.verifiers: VerifierPool | None = None
-        if not topology.is_replica_leader:
-            return
-        folder = RunFolder(config.run.path)
-        folder.make_folders()
-        replica_size = topology.tensor_size * topology.pipeline_size
-        self.sampler = EmbeddedEngine(
-            str(inputs.hf_folder),
-            config.rollout.model_copy(update={"max_model_len": inputs.max_model_len}),
-            dtype=config.model.dtype,
-            log_file=folder.logs / f"vllm-{topology.data_rank}.log",
-            seed=config.run.seed,
-            local_engines=max(1, topology.local_world_size // replica_size),
-            gpu=topology.local_rank if topology.device.type == "cuda" else None,
-        )
-        self.verifiers = VerifierPool(config.reward)
+        if topology.is_replica_leader:
+            RunFolder(config.run.path).make_folders()
+        self.sampler = start_sampler(config, topology, inputs)
+        self.verifiers = VerifierPool(config.reward) if topology.is_replica_leader else None
 
     def __enter__(self) -> _Helpers:
         return self
@@ -113,7 +101,7 @@ class Run:
         config: Config,
         topology: Topology,
         inputs: Inputs,
-        sampler: EmbeddedEngine | None,
+        sampler: RolloutEngine | None,
         verifiers: VerifierPool | None,
     ) -> None:
         install_checkpoint_fixes()
@@ -309,12 +297,15 @@ class Run:
     def _announce_start(self, source: str) -> None:
         t = self.topology
         start_s = self._sampler.wait_ready() if self._sampler is not None else 0.0
-        sync = self._first_sync
+        sync, rollout = self._first_sync, self.config.rollout
+        engines = f"{t.data_size} engine(s),"
+        if rollout.mode == "server":
+            engines = f"{len(rollout.servers) or rollout.num_servers} server(s),"
         for line in (
             f"{self.config.run.name}: {self.engine.num_parameters / 1e6:.2f}M parameters from {source}",
             f"layout: tensor {t.tensor_size} x pipeline {t.pipeline_size} x data {t.data_size} on {t.device.type}; "
             f"{self.engine.backend}",
-            f"vLLM: {t.data_size} engine(s), ready {start_s:.1f} s after their start; first weight sync "
-            f"{sync.num_bytes / 1e6:.1f} MB in {sync.seconds * 1e3:.0f} ms, digests verified",
+            f"vLLM: {engines} ready {start_s:.1f} s after their start; first weight sync "
+            f"{sync.num_bytes / 1e6:.1f} MB in {sync.seconds * 1e3:.0f} ms{', digests verified' if sync.verified else ''}",
         ):
             self.logger.log_event(line, "dim")

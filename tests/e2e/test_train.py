@@ -219,3 +219,33 @@ def _kill_one_engine(process) -> None:
     ]
     assert engines
     os.kill(engines[0].pid, signal.SIGKILL)
+
+
+def test_two_servers_shared_by_two_replicas_train_the_same_policy(whole):
+    """The samples are the embedded engines', so every step is; one server is killed on the way and comes back."""
+    config, folder, _ = whole
+    servers = ["rollout.mode=server", "rollout.num_servers=2", "run.name=servers", "eval.data="]
+    process = runs.start("train", str(config), *servers)
+    shared = folder.parent / "servers"
+    try:
+        _wait_for(lambda: any(s["stage"] == "rlvr" for s in runs.steps_of(shared)), process)
+        cores = [p for p in psutil.Process(process.pid).children(recursive=True) if "EngineCore" in p.name()]
+        assert len(cores) == 2
+        cores[0].kill()
+        output, errors = process.communicate(timeout=300)
+    finally:
+        if process.poll() is None:
+            runs.kill(process)
+    assert process.returncode == 0, output[-1000:] + errors[-3000:]
+    assert "2 server(s)" in output and "digests verified" in output
+    steps, expected = ([s for s in runs.steps_of(f) if s["stage"] != "sft"] for f in (shared, folder))
+    assert [s["step"] for s in steps] == [s["step"] for s in expected]
+    assert steps[-1]["rollout/engine_restarts"] >= 1
+    for ours, theirs in zip(steps, expected, strict=True):
+        same = {
+            name: value
+            for name, value in runs.numbers_of(theirs).items()
+            if name != "event" and not name.startswith(("eval/", "rollout/mismatch", "rollout/engine_restarts"))
+        }
+        assert {name: ours[name] for name in same} == pytest.approx(same, rel=1e-5)
+    assert not any(p.is_running() for p in cores)
