@@ -174,7 +174,7 @@ class _Replicas:
                 dtype=model.dtype,
                 log_file=logs / f"vllm-{i}.log",
                 local_engines=count,
-                gpu=i if torch.cuda.is_available() else None,
+                gpus=(i,) if torch.cuda.is_available() else (),
             )
             for i in range(count)
         ]

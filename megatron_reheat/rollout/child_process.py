@@ -23,9 +23,7 @@ EXIT_GRACE_S = 5.0
 class ChildProcess:
     """Runs `python -m MODULE SOCKET_FD PARENT_PID ...`, output to `log_file`. One caller, one request at a time."""
 
-    def __init__(
-        self, module: str, arguments: Sequence[str], *, env: Mapping[str, str], log_file: Path, pass_fds: Sequence[int]
-    ) -> None:
+    def __init__(self, module: str, arguments: Sequence[str], *, env: Mapping[str, str], log_file: Path) -> None:
         self._log_file = log_file
         self._next_id = 0
         ours, theirs = socket.socketpair()
@@ -36,7 +34,7 @@ class ChildProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, str(theirs.fileno()), str(os.getpid()), *arguments],
                 env={**env, "PYTHONPATH": path},
-                pass_fds=(theirs.fileno(), *pass_fds),
+                pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

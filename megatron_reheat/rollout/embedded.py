@@ -1,7 +1,7 @@
-"""`embedded` mode: one vLLM process per data-parallel replica, child of the replica's first trainer rank.
+"""One vLLM engine in a child process of a trainer rank: beside each replica (`embedded`) or on every GPU (`colocated`).
 
 The trainer never imports vLLM, which would join its process groups and reseed its generators. Weights cross in shared
-host memory on every device: on CUDA that is correct, and slower than handing over device memory.
+memory: the host's for an engine on the CPU, the GPU's own for one on a GPU.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from megatron_reheat.rollout.child_process import ChildProcess
 from megatron_reheat.rollout.engine import EngineHealth, SyncReport
 from megatron_reheat.rollout.engine_options import engine_environment, engine_options
 from megatron_reheat.rollout.packed import Entry, aligned
-from megatron_reheat.rollout.shared_memory import SharedBuffer
+from megatron_reheat.rollout.weight_buffer import DeviceBuffer, HostBuffer, SendBuffer
 from megatron_reheat.rollout.wire import SampleRequest, WorkerReady, WorkerSettings
 from megatron_reheat.types import Completion, SamplingParams
 
 WORKER_MODULE = "megatron_reheat.rollout.worker"
+WEIGHT_RECEIVER = "megatron_reheat.rollout.weight_receiver.WeightReceiver"
 # the engine loads one portion while the trainer gathers the next
 PORTION_BYTES = 32 << 20
 HEALTH_TIMEOUT_S = 30.0
@@ -42,7 +43,8 @@ class EmbeddedEngine:
         log_file: receives everything the child prints; appended to.
         seed: vLLM's own seed (dummy weights); samples depend on the seed given to `generate` alone.
         local_engines: engines that share this machine's cores, for the default number of threads.
-        gpu: index of the GPU to use, as CUDA_VISIBLE_DEVICES counts it; None on CPU.
+        gpus: the GPUs to use (`config.tensor` of them), as CUDA_VISIBLE_DEVICES counts them, beginning with this process's
+            own, which the weights are in; empty on CPU.
         cpu_affinity: cores the child may run on; None leaves it to the scheduler.
     """
 
@@ -59,7 +61,7 @@ class EmbeddedEngine:
         log_file: Path,
         seed: int = 0,
         local_engines: int = 1,
-        gpu: int | None = None,
+        gpus: Sequence[int] = (),
         cpu_affinity: Sequence[int] | None = None,
     ) -> None:
         self._config = config
@@ -67,7 +69,7 @@ class EmbeddedEngine:
         self._dtype = dtype
         self._log_file = log_file
         self._seed = seed
-        self._gpu = gpu
+        self._gpus = tuple(gpus)
         self._cores = tuple(cpu_affinity or ())
         available = len(self._cores) or max(1, len(os.sched_getaffinity(0)) // local_engines)
         self._threads = config.threads or available
@@ -75,7 +77,8 @@ class EmbeddedEngine:
         self._asleep = False
         self._closed = False
         self._policy_version: int | None = None
-        self._buffer = SharedBuffer.create(config.sync_bucket_mb << 20)
+        capacity = config.sync_bucket_mb << 20
+        self._buffer: SendBuffer = DeviceBuffer(capacity) if self._gpus else HostBuffer(capacity)
         self._start()
 
     @property
@@ -133,7 +136,7 @@ class EmbeddedEngine:
         try:
             self.wait_ready()
             started = time.perf_counter()
-            self._call("begin", self._buffer.capacity)
+            self._call("begin", self._buffer.source)
             self._stream(tensors, verify)
             num_tensors, num_bytes = self._call("commit", version)
         except (EngineDied, WeightSyncError):
@@ -188,24 +191,23 @@ class EmbeddedEngine:
             [",".join(map(str, self._cores))] if self._cores else [],
             env=self._environment(),
             log_file=self._log_file,
-            pass_fds=[self._buffer.fd],
         )
         options = engine_options(
-            self._config, self._model_path, dtype=self._dtype, seed=self._seed, on_cpu=self._gpu is None
+            self._config, self._model_path, dtype=self._dtype, seed=self._seed, on_cpu=not self._gpus
         )
         options["disable_log_stats"] = True
-        if self._gpu is not None:
+        options["worker_extension_cls"] = WEIGHT_RECEIVER
+        if self._gpus:
             options["enable_sleep_mode"] = True
-        settings = WorkerSettings(options, self._buffer.fd, self._buffer.capacity)
-        self._child.send_settings(settings, self._config.start_timeout_s)
+        self._child.send_settings(WorkerSettings(options), self._config.start_timeout_s)
 
     def _environment(self) -> dict[str, str]:
         env = engine_environment() | {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "OMP_NUM_THREADS": str(self._threads),
         }
-        if self._gpu is not None:
-            env["CUDA_VISIBLE_DEVICES"] = str(self._gpu)
+        if self._gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self._gpus))
         elif self._config.enforce_eager:
             env["TORCHDYNAMO_DISABLE"] = "1"  # vLLM still compiles small sampling helpers, which costs seconds
         return env
@@ -229,9 +231,9 @@ class EmbeddedEngine:
                 self._announce(portion)
                 portion = []
             if offset + tensor.nbytes > self._buffer.capacity:
-                capacity = max(self._buffer.capacity, aligned(tensor.nbytes))
-                self._call("recycle", capacity)
-                self._buffer.resize(capacity)
+                if tensor.nbytes > self._buffer.capacity:
+                    self._buffer.grow(aligned(tensor.nbytes))
+                self._call("recycle", self._buffer.source)
                 offset = portion_start = 0
             portion.append(self._buffer.write(name, tensor, offset, verify))
             offset += aligned(tensor.nbytes)
@@ -242,4 +244,5 @@ class EmbeddedEngine:
             self._announce(portion)
 
     def _announce(self, portion: list[Entry]) -> None:
+        self._buffer.flush()
         self._child.send("load", portion, timeout_s=self._config.timeout_s)

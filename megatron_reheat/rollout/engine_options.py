@@ -20,6 +20,7 @@ def engine_options(config: RolloutConfig, model_path: str, *, dtype: str, seed: 
     """vLLM's engine arguments by name. `dtype` counts when `rollout.dtype` is auto."""
     options: dict[str, Any] = {
         "model": model_path,
+        "tensor_parallel_size": config.tensor,
         "dtype": dtype if config.dtype == "auto" else config.dtype,
         "seed": seed,
         "max_num_seqs": config.max_num_seqs,

@@ -13,8 +13,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from megatron_reheat.errors import ReheatError, WeightSyncError
 from megatron_reheat.rollout.packed import Entry
-from megatron_reheat.rollout.reload import WeightLoader
-from megatron_reheat.rollout.shared_memory import SharedBuffer
+from megatron_reheat.rollout.weight_buffer import Source
 from megatron_reheat.rollout.wire import SampleReply, SampleRequest, WorkerSettings
 
 
@@ -30,9 +29,7 @@ class Sampler:
         self.vocab_size = model_config.get_vocab_size()
         self.max_model_len = model_config.max_model_len
         self._version: int | None = None
-        self._buffer = SharedBuffer(settings.buffer_fd, settings.buffer_capacity)
-        worker: Any = self._engine.collective_rpc(lambda worker: worker)[0]
-        self._loader = WeightLoader(worker.model_runner.get_model(), worker.vllm_config, settings.options["model"])
+        self._kv_cache_dropped = False
         self.operations: dict[str, Callable[..., Any]] = {
             "generate": self.generate,
             "begin": self._begin,
@@ -72,22 +69,26 @@ class Sampler:
         queued = list(self._engine.output_processor.request_states)
         self._engine.abort_request(queued, internal=True)
 
-    def _begin(self, capacity: int) -> None:
-        """Starts a sync through a buffer of `capacity` bytes; from here on nothing is sampled until `commit`."""
+    def _begin(self, source: Source) -> None:
+        """Starts a sync through a buffer; from here on nothing is sampled until `commit`."""
         self._version = None
-        self._buffer.resize(capacity)
-        self._loader.begin()
+        self._engine.collective_rpc("reheat_begin", args=(source,))
 
     def _load(self, entries: Sequence[Entry]) -> None:
-        self._loader.load((entry, self._buffer.read(entry)) for entry in entries)
+        self._engine.collective_rpc("reheat_load", args=(entries,))
 
-    def _recycle(self, capacity: int) -> None:
-        """The sender is about to overwrite the buffer, and may be growing it to `capacity` bytes."""
-        self._loader.release(self._buffer.holds)
-        self._buffer.resize(capacity)
+    def _recycle(self, source: Source) -> None:
+        """The sender is about to overwrite the buffer, or to go on in another one."""
+        self._engine.collective_rpc("reheat_recycle", args=(source,))
 
     def _commit(self, version: int) -> tuple[int, int]:
-        received = self._loader.commit()
+        received, *_ = results = self._engine.collective_rpc("reheat_commit")
+        for problem in results:
+            if isinstance(problem, str):
+                raise WeightSyncError(problem)
+        if self._kv_cache_dropped:
+            self._engine.wake_up(tags=["kv_cache"])
+            self._kv_cache_dropped = False
         if not self._engine.reset_prefix_cache():
             raise WeightSyncError("the engine could not drop its prefix cache because requests are still running")
         self._version = version
@@ -98,10 +99,12 @@ class Sampler:
         if not self._on_cpu:
             self._version = None
             self._engine.sleep(level=2)
+            self._kv_cache_dropped = True
 
     def _wake(self) -> None:
+        """The memory of the weights alone: that of the KV cache follows when they are there."""
         if not self._on_cpu:
-            self._engine.wake_up()
+            self._engine.wake_up(tags=["weights"])
 
 
 def _check_head_size(model_config: Any) -> None:

@@ -123,7 +123,6 @@ def server_command(
         "host": host,
         "port": port,
         "served_model_name": SERVED_MODEL_NAME,
-        "tensor_parallel_size": config.tensor,
         "enable_scale_out": True,  # /inference/v1/generate: token ids in, token ids and log-probabilities out
         "weight_transfer_config": {"backend": transfer_backend(on_cpu)},
         "additional_config": {SHAPE_KEY: policy_shape(hf)},

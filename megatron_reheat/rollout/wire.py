@@ -14,11 +14,9 @@ from megatron_reheat.types import Completion, FloatArray, SamplingParams, TokenA
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What the trainer asks of a new engine process: vLLM's engine arguments, and the buffer weights come through."""
+    """What the trainer asks of a new engine process: vLLM's engine arguments."""
 
     options: dict[str, Any]
-    buffer_fd: int
-    buffer_capacity: int
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def start_sampler(config: Config, topology: Topology, inputs: Inputs) -> Rollout
         log_file=RunFolder(config.run.path).logs / f"vllm-{topology.data_rank}.log",
         seed=config.run.seed,
         local_engines=max(1, topology.local_world_size // replica_size),
-        gpu=topology.local_rank if topology.device.type == "cuda" else None,
+        gpus=(topology.local_rank,) if topology.device.type == "cuda" else (),
     )
 
 

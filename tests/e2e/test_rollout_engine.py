@@ -19,7 +19,7 @@ from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import ConfigError, EngineDied, ReheatError, WeightSyncError
 from megatron_reheat.rollout import embedded
 from megatron_reheat.rollout.embedded import EmbeddedEngine
-from megatron_reheat.rollout.shared_memory import SharedBuffer
+from megatron_reheat.rollout.weight_buffer import HostBuffer
 from megatron_reheat.rollout.weight_sync import WeightSync, mismatch
 from megatron_reheat.types import SamplingParams
 
@@ -119,9 +119,9 @@ def capacity(engine: EmbeddedEngine, num_bytes: int | None) -> Iterator[None]:
     """Lets the engine use only the first `num_bytes` of its weight buffer."""
     before = engine._buffer.capacity
     if num_bytes is not None:
-        engine._buffer.resize(num_bytes)
+        engine._buffer.grow(num_bytes)
     yield
-    engine._buffer.resize(before)
+    engine._buffer.grow(before)
 
 
 def flat(groups) -> list[list[int]]:
@@ -274,7 +274,7 @@ def test_no_prompts_give_no_completions(tied):
 @pytest.mark.parametrize("num_bytes", [None, 80_000])
 def test_tensors_corrupted_on_the_way_are_named(policy, monkeypatch, num_bytes):
     names = ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"]
-    write = SharedBuffer.write
+    write = HostBuffer.write
 
     def write_and_flip(self, name, tensor, offset, verify):
         entry = write(self, name, tensor, offset, verify)
@@ -282,7 +282,7 @@ def test_tensors_corrupted_on_the_way_are_named(policy, monkeypatch, num_bytes):
             self._bytes[offset + 17] ^= 0x10
         return entry
 
-    monkeypatch.setattr(SharedBuffer, "write", write_and_flip)
+    monkeypatch.setattr(HostBuffer, "write", write_and_flip)
     policy.sync = WeightSync(policy.engine, CONFIG)
     with capacity(policy.engine, num_bytes), pytest.raises(WeightSyncError) as caught:
         policy.push()

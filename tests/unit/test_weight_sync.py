@@ -16,7 +16,7 @@ from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import EngineDied, WeightSyncError
 from megatron_reheat.rollout.child_process import PACKAGE_ROOT, ChildProcess
 from megatron_reheat.rollout.packed import Entry, digest
-from megatron_reheat.rollout.shared_memory import SharedBuffer
+from megatron_reheat.rollout.weight_buffer import HostBuffer, OpenBuffer
 from megatron_reheat.rollout.weight_sync import WeightSync, check_mismatch, mismatch
 from megatron_reheat.rollout.wire import SampleReply, SampleRequest
 from megatron_reheat.types import SamplingParams
@@ -24,7 +24,7 @@ from megatron_reheat.types import SamplingParams
 
 @pytest.fixture
 def buffer():
-    shared = SharedBuffer.create(4096)
+    shared = HostBuffer(4096)
     yield shared
     shared.close()
 
@@ -34,7 +34,7 @@ def buffer():
 def test_a_second_mapping_reads_what_the_first_wrote(buffer, dtype, shape):
     tensor = torch.randn(shape).to(dtype)
     entry = buffer.write("weight", tensor, 128, verify=True)
-    other = SharedBuffer(buffer.fd, buffer.capacity)
+    other = OpenBuffer(buffer.source)
     received = other.read(entry)
     assert torch.equal(received, tensor)
     assert digest("weight", received) == entry.digest
@@ -44,26 +44,26 @@ def test_a_second_mapping_reads_what_the_first_wrote(buffer, dtype, shape):
 def test_non_contiguous_source_arrives_in_logical_order(buffer):
     tensor = torch.arange(12.0).view(3, 4).t()
     entry = buffer.write("weight", tensor, 0, verify=True)
-    assert torch.equal(buffer.read(entry), tensor)
-    assert digest("weight", buffer.read(entry)) == entry.digest
+    received = OpenBuffer(buffer.source).read(entry)
+    assert torch.equal(received, tensor)
+    assert digest("weight", received) == entry.digest
 
 
-def test_growing_keeps_the_contents_on_both_ends(buffer):
+def test_after_growing_the_other_end_has_to_open_it_again(buffer):
     entry = buffer.write("a", torch.arange(8.0), 0, verify=False)
-    other = SharedBuffer(buffer.fd, buffer.capacity)
-    buffer.resize(8192)
+    other = OpenBuffer(buffer.source)
+    buffer.grow(8192)
     late = buffer.write("b", torch.ones(16), 8000, verify=False)
     with pytest.raises(WeightSyncError, match=r"b ends beyond the 4096 bytes"):
         other.read(late)
-    other.resize(8192)
-    assert torch.equal(other.read(late), torch.ones(16))
     assert torch.equal(other.read(entry), torch.arange(8.0))
+    assert torch.equal(OpenBuffer(buffer.source).read(late), torch.ones(16))
 
 
 def test_non_float_tensors_are_refused(buffer):
     for dtype in ("int64", "rubbish"):
         with pytest.raises(WeightSyncError, match=f"a has dtype {dtype}"):
-            buffer.read(Entry("a", dtype, (2,), 0))
+            OpenBuffer(buffer.source).read(Entry("a", dtype, (2,), 0))
 
 
 def test_digest_sees_one_bit_the_name_the_dtype_and_the_shape():
@@ -160,7 +160,7 @@ def start_child(tmp_path):
     def start(program: str) -> ChildProcess:
         (tmp_path / "program.py").write_text(program)
         env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        children.append(ChildProcess("program", [], env=env, log_file=tmp_path / "logs" / "child.log", pass_fds=[]))
+        children.append(ChildProcess("program", [], env=env, log_file=tmp_path / "logs" / "child.log"))
         return children[-1]
 
     yield start
@@ -225,7 +225,7 @@ def test_an_engine_dies_with_its_trainer(tmp_path):
         "import os, time\n"
         "from pathlib import Path\n"
         "from megatron_reheat.rollout.child_process import ChildProcess\n"
-        "child = ChildProcess('program', [], env=os.environ, log_file=Path('log'), pass_fds=[])\n"
+        "child = ChildProcess('program', [], env=os.environ, log_file=Path('log'))\n"
         "while 'guarded' not in Path('log').read_text():\n"
         "    assert child.alive\n"
         "    time.sleep(0.02)\n"
