@@ -90,14 +90,15 @@ class RewardConfig(Section):
 
 
 class RolloutConfig(Section):
-    """vLLM: a process beside each data-parallel replica (`embedded`), or servers that all replicas share (`server`)."""
+    """vLLM: a process beside each data-parallel replica (`embedded`), on all of the trainer's GPUs in turn with it
+    (`colocated`), or servers that all replicas share (`server`)."""
 
-    mode: Literal["embedded", "server"] = "embedded"
+    mode: Literal["embedded", "colocated", "server"] = "embedded"
     servers: tuple[str, ...] = Field(
         default=(), description="server: URLs of running servers (reheat serve); empty starts num_servers here"
     )
     num_servers: int = Field(default=1, gt=0, description="server: how many to start on this machine")
-    tensor: int = Field(default=1, gt=0, description="server: tensor parallel size of one vLLM engine")
+    tensor: int = Field(default=1, gt=0, description="colocated, server: tensor parallel size of one vLLM engine")
     temperature: float = Field(default=1.0, gt=0)
     max_tokens: int = Field(default=4096, gt=0)
     max_model_len: int | None = Field(default=None, gt=0)
@@ -327,6 +328,10 @@ def _cross_field_problems(c: Config) -> Iterator[str]:
         yield f"rl.overlong_buffer {c.rl.overlong_buffer} exceeds rollout.max_tokens {c.rollout.max_tokens}; lower it"
     if c.sft.steps and c.data.solution_template is None:
         yield "sft.steps needs data.solution_template, the worked answer to imitate (e.g. '{answer}')"
+    if c.rollout.tensor > 1 and c.rollout.mode == "embedded":
+        yield "rollout.tensor needs rollout.mode colocated or server; an embedded engine has one device"
+    if c.rollout.servers and c.rollout.mode != "server":
+        yield "rollout.servers needs rollout.mode=server"
     if c.parallel.sequence_parallel and c.parallel.tensor == 1:
         yield "parallel.sequence_parallel needs parallel.tensor > 1; set it to false or raise parallel.tensor"
 

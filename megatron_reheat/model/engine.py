@@ -78,6 +78,7 @@ class Engine:
             topology,
             vocab_size=self.hf.vocab_size,
             bucket_bytes=config.rollout.sync_bucket_mb << 20,
+            to_all=config.rollout.mode == "colocated",
         )
         self._model, self.optimizer = self._wrap(model)
         self._forward_backward = get_forward_backward_func()

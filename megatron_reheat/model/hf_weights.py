@@ -269,10 +269,13 @@ class HFExporter:
     """Streams a Megatron model out as Hugging Face tensors, a bucket at a time, to the leader of each replica.
 
     No rank ever holds more than one bucket of gathered tensors. The stream is a collective over the replica: every rank of
-    it iterates to the end; only the leader (tensor rank 0 of the first stage) is given tensors.
+    it iterates to the end; only the leader (tensor rank 0 of the first stage) is given tensors, or with `to_all` every rank.
     """
 
-    def __init__(self, model: GPTModel, topology: Topology, *, vocab_size: int, bucket_bytes: int) -> None:
+    def __init__(
+        self, model: GPTModel, topology: Topology, *, vocab_size: int, bucket_bytes: int, to_all: bool = False
+    ) -> None:
+        self._to_all = to_all
         self._parameters = dict(model.named_parameters())
         self._attention = AttentionShape.of(model)
         self._topology = topology
@@ -290,15 +293,18 @@ class HFExporter:
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         topology = self._topology
+        to_others = self._to_all and topology.tensor_size * topology.pipeline_size > 1
         for stage, bucket in self._buckets:
-            if topology.is_replica_leader and stage == 0 and topology.tensor_size == 1:
+            if topology.is_replica_leader and stage == 0 and topology.tensor_size == 1 and not to_others:
                 # all of it is here: nothing to gather, and no copy to make
                 for plan in bucket:
                     whole = self._parameters[plan.name].detach()
                     yield from to_hf_tensors(plan, [whole], self._attention, self._vocab_size)
                 continue
             shards = self._collect(stage, bucket)
-            if not topology.is_replica_leader:
+            if to_others:
+                shards = self._spread(shards, bucket)
+            elif not topology.is_replica_leader:
                 continue
             offset = 0
             for plan in bucket:
@@ -322,6 +328,15 @@ class HFExporter:
             elif topology.is_replica_leader:
                 shards = torch.empty(topology.tensor_size, num_bytes, dtype=torch.uint8, device=topology.device)
                 dist.recv(shards, dist.get_global_rank(topology.pipeline_group, stage), group=topology.pipeline_group)
+        return shards
+
+    def _spread(self, shards: Tensor, bucket: Sequence[ParameterPlan]) -> Tensor:
+        """The leader's [TP, bucket bytes] on every rank of the replica."""
+        topology = self._topology
+        if not topology.is_replica_leader:
+            num_bytes = sum(plan.num_bytes for plan in bucket)
+            shards = torch.empty(topology.tensor_size, num_bytes, dtype=torch.uint8, device=topology.device)
+        dist.broadcast(shards, dist.get_global_rank(topology.replica_group, 0), group=topology.replica_group)
         return shards
 
 

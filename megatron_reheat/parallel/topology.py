@@ -73,12 +73,13 @@ class Topology:
         if self.tensor_size * self.pipeline_size > 1:
             source = dist.get_global_rank(self.replica_group, 0)
             dist.broadcast_object_list(gathered, src=source, group=self.replica_group)
-        errors = [e for _, e in gathered if e is not None]
-        if errors:
-            failure = ReheatError(errors[0])
-            failure.on_every_rank = True
-            raise failure
-        return [value for value, _ in gathered]
+        return _values(gathered)
+
+    def share_from_all(self, mine: T | None, error: str | None = None) -> list[T]:
+        """The same from every rank to every rank."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, (mine, error))
+        return _values(gathered)
 
     def gather_from_last_stages(self, mine: T) -> list[T]:
         """All-gathers one object per replica from the last pipeline stage (where losses live) to every rank."""
@@ -98,6 +99,15 @@ class Topology:
 
     def barrier(self) -> None:
         dist.barrier()
+
+
+def _values(gathered: list[tuple[Any, str | None]]) -> list[Any]:
+    errors = [e for _, e in gathered if e is not None]
+    if errors:
+        failure = ReheatError(errors[0])
+        failure.on_every_rank = True
+        raise failure
+    return [value for value, _ in gathered]
 
 
 def initialize(config: Config, *, timeout_s: float = 3600.0) -> Topology:

@@ -63,4 +63,5 @@ def engine_environment() -> dict[str, str]:
     }
     env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override rollout.kv_cache_mb
     env["VLLM_NO_USAGE_STATS"] = "1"
+    env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # its own choice puts every engine on the same cores
     return env

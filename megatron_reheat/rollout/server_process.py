@@ -66,7 +66,7 @@ class ServerProcess:
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
         else:
-            environment |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+            environment["OMP_NUM_THREADS"] = str(threads)
             if config.enforce_eager:
                 environment["TORCHDYNAMO_DISABLE"] = "1"
         log_file.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from megatron_reheat.errors import EngineDied, ReheatError
 from megatron_reheat.model.engine import Engine
+from megatron_reheat.parallel.seats import engine_seats
 from megatron_reheat.parallel.topology import Topology
 from megatron_reheat.rewards.pool import VerifierPool
 from megatron_reheat.rollout.engine import RolloutEngine, SyncReport
@@ -21,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a replica got from its engine, or how the engine died."""
+    """What an engine answered, or how it died."""
 
     value: Any = None
     died: str | None = None
@@ -30,7 +31,7 @@ class _Answer:
 class Policy:
     """Keeps trainer and engines at the same `version`; every method is a collective over all ranks.
 
-    A replica's first rank holds its engine and its verifiers; on the other ranks both are None. An engine that dies is
+    Some ranks (`engine_seats`) hold an engine and verifiers; on the others both are None. An engine that dies is
     restarted, given the weights again and asked again, up to `rollout.max_restarts` times; `engine_restarts` counts.
 
     Servers (`ServerFleet`) are one engine that all replicas share: the first replica feeds and restarts it for all.
@@ -44,16 +45,19 @@ class Policy:
         verifiers: VerifierPool | None,
         decode: Callable[[Sequence[int]], str],
     ) -> None:
-        assert (sampler is not None) == (verifiers is not None) == topology.is_replica_leader
+        rollout = engine.config.rollout
+        self._seats = engine_seats(topology, rollout)
+        assert (sampler is not None) == (verifiers is not None) == self._seats.is_leader
         self.engine = engine
         self.version = 0
         self.engine_restarts = 0
         self.decode = decode
-        self._topology = topology
         self._sampler = sampler
         self._verifiers = verifiers
-        self._shared = engine.config.rollout.mode == "server"
-        self._weight_sync = WeightSync(sampler, engine.config.rollout)
+        self._shared = rollout.mode == "server"
+        self._rests = rollout.mode == "colocated"
+        self._resting = False
+        self._weight_sync = WeightSync(sampler, rollout)
 
     def publish(self, version: int) -> SyncReport:
         """Gives the current weights to every engine and stamps them `version`; returns the first replica's report.
@@ -65,22 +69,24 @@ class Policy:
         return self._publish()[0]
 
     def sample(self, prompts: Sequence[Prompt], n: int, params: SamplingParams, seed: int, clock: Clock) -> list[Group]:
-        """`n` graded completions per prompt, on every rank; prompts are dealt out over the replicas.
+        """`n` graded completions per prompt, on every rank; prompts are dealt out over the engines.
 
         Raises:
             ReheatError: an engine keeps dying, or a prompt does not fit the context; the same error on every rank.
         """
-        topology = self._topology
-        mine = prompts[topology.data_rank :: topology.data_size]
+        seats = self._seats
+        mine = prompts[seats.index :: seats.count]
+        if self._resting:  # nothing was published since: the last step changed no weights
+            self._publish()
 
         def generate() -> list[list[Completion]]:
             assert self._sampler is not None
-            return self._sampler.generate([p.token_ids for p in mine], params, n, seed + topology.data_rank)
+            return self._sampler.generate([p.token_ids for p in mine], params, n, seed + seats.index)
 
         with clock.phase("rollout"):
             shares = self._sample_with_restarts(generate)
         with clock.phase("reward"):
-            rewards = self._grade(mine, shares[topology.data_rank])
+            rewards = self._grade(mine, shares[seats.index])
         return [
             Group(prompt, tuple(completions), tuple(graded))
             for prompt, completions, graded in zip(
@@ -88,10 +94,17 @@ class Policy:
             )
         ]
 
+    def rest(self) -> None:
+        """Nothing is sampled until weights are published again: colocated engines give their memory to the trainer."""
+        if not self._rests or self._resting:
+            return
+        self._resting = True
+        self._ask(None if self._sampler is None else self._sampler.sleep)
+
     def _grade(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
     ) -> list[list[list[Reward]]]:
-        """Per replica, per prompt of it, the rewards of its completions; each leader grades its own share."""
+        """Per engine, per prompt of it, the rewards of its completions; each leader grades its own share."""
         rewards: list[list[Reward]] = []
         error = None
         if self._verifiers is not None:
@@ -105,20 +118,22 @@ class Policy:
                 rewards = [[next(flat) for _ in cs] for cs in completions]
             except ReheatError as failure:
                 error = str(failure)
-        return self._topology.share_from_leaders(rewards, error)
+        return self._seats.share(rewards, error)
 
     def _sample_with_restarts(self, generate: Callable[[], Any]) -> list[Any]:
         answers = self._ask(generate if self._sampler is not None else None)
         while any(a.died for a in answers):
             self._revive(answers)
             self._publish()
-            again = answers[self._topology.data_rank].died
+            again = answers[self._seats.index].died
             retried = self._ask(generate if again and self._sampler is not None else None)
             answers = [new if old.died else old for old, new in zip(answers, retried, strict=True)]
         return [a.value for a in answers]
 
     def _publish(self) -> list[SyncReport]:
         def push() -> SyncReport:
+            if self._resting and self._sampler is not None:
+                self._sampler.wake()
             return self._weight_sync.push(self.engine.iter_hf_weights(), self.version)
 
         # the ranks of a replica produce the tensors together, so all of them take part
@@ -127,6 +142,7 @@ class Policy:
         while any(a.died for a in answers):
             self._revive(answers)
             answers = self._ask(action)
+        self._resting = False
         if self._follows and self._sampler is not None:
             assert isinstance(self._sampler, ServerFleet)
             self._sampler.adopt(self.version)
@@ -135,10 +151,10 @@ class Policy:
     @property
     def _follows(self) -> bool:
         """Whether another replica feeds the engine that this one samples from."""
-        return self._shared and self._topology.data_rank > 0
+        return self._shared and self._seats.index > 0
 
     def _ask(self, action: Callable[[], Any] | None) -> list[_Answer]:
-        """Runs `action` where there is one and tells every rank how it went in each replica."""
+        """Runs `action` where there is one and tells every rank how it went with each engine."""
         answer, error = _Answer(), None
         if action is not None:
             try:
@@ -147,12 +163,12 @@ class Policy:
                 answer = _Answer(died=str(failure))
             except ReheatError as failure:
                 error = str(failure)
-        return self._topology.share_from_leaders(answer, error)
+        return self._seats.share(answer, error)
 
     def _revive(self, answers: Sequence[_Answer]) -> None:
         error = None
         self.engine_restarts += sum(a.died is not None for a in answers)
-        deaths = [a.died for a in answers if a.died] if self._shared else [answers[self._topology.data_rank].died]
+        deaths = [a.died for a in answers if a.died] if self._shared else [answers[self._seats.index].died]
         died = next(iter(deaths), None)
         if died and not self._follows and self._sampler is not None:
             try:
@@ -160,7 +176,7 @@ class Policy:
                 self._sampler.wait_ready()
             except ReheatError as failure:
                 error = f"{died}; {failure}"
-        self._topology.share_from_leaders(None, error)
+        self._seats.share(None, error)
 
 
 def _interleave(shares: Sequence[Sequence[T]], total: int) -> list[T]:

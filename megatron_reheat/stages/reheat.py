@@ -43,6 +43,7 @@ class ReheatStage:
         params = SamplingParams(SAMPLING_TEMPERATURE, reheat.max_tokens, stop_token_ids=self._stop_token_ids)
         prompts = self._cursor.next(reheat.prompts_per_step)
         groups = self._policy.sample(prompts, reheat.group_size, params, derive_seed(config.run.seed, step), clock)
+        self._policy.rest()
         batch = TrainBatch(tuple(sequence_of(g.prompt, c) for g in groups for c in g.completions))
         verdict = Verdict.CONTINUE
 

@@ -43,6 +43,7 @@ class RLVRStage:
         collected = self._collect(step, sampling_temperature, clock)
         if not collected.groups:
             return StepOutcome({**collected.metrics, **clock.metrics()}, collected.groups, entropy=None, applied=False)
+        self._policy.rest()
         batch = make_train_batch(collected.groups, config)
         with clock.phase("score"):
             scores = self._policy.engine.score(batch, temperature=sampling_temperature)

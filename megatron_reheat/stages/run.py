@@ -18,6 +18,7 @@ from megatron_reheat.model.checkpoint import (
 )
 from megatron_reheat.model.engine import Engine
 from megatron_reheat.parallel import topology as parallel_topology
+from megatron_reheat.parallel.seats import engine_seats
 from megatron_reheat.parallel.topology import Topology
 from megatron_reheat.rewards.pool import VerifierPool
 from megatron_reheat.rollout.engine import RolloutEngine
@@ -72,16 +73,17 @@ def train(config: Config) -> bool:
 
 
 class _Helpers:
-    """The replica leader's vLLM engine and verifiers; None on other ranks. Closed on the way out, whatever happens.
+    """The vLLM engine and verifiers of a rank that leads one; None on other ranks. Closed on the way out, whatever happens.
 
     The engine is started here, before the model is built, so that vLLM's imports run beside Megatron's.
     """
 
     def __init__(self, config: Config, topology: Topology, inputs: Inputs) -> None:
-        if topology.is_replica_leader:
+        leads = engine_seats(topology, config.rollout).is_leader
+        if leads:
             RunFolder(config.run.path).make_folders()
         self.sampler = start_sampler(config, topology, inputs)
-        self.verifiers = VerifierPool(config.reward) if topology.is_replica_leader else None
+        self.verifiers = VerifierPool(config.reward) if leads else None
 
     def __enter__(self) -> _Helpers:
         return self
@@ -157,6 +159,7 @@ class Run:
         stage = "sft" if step <= config.sft.steps else self.controller.state.stage
         round_, event, border = self.controller.state.round, None, False
         if stage == "sft":
+            self.policy.rest()
             outcome = self.sft.step(step)
             if border := step == config.sft.steps:
                 self.engine.reset_optimizer()
@@ -298,7 +301,7 @@ class Run:
         t = self.topology
         start_s = self._sampler.wait_ready() if self._sampler is not None else 0.0
         sync, rollout = self._first_sync, self.config.rollout
-        engines = f"{t.data_size} engine(s),"
+        engines = f"{engine_seats(t, rollout).count} engine(s),"
         if rollout.mode == "server":
             engines = f"{len(rollout.servers) or rollout.num_servers} server(s),"
         for line in (

@@ -12,6 +12,7 @@ import torch
 from megatron_reheat.config import Config, RolloutConfig
 from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.model.provider import read_hf_config
+from megatron_reheat.parallel.seats import engine_seats
 from megatron_reheat.parallel.topology import Topology
 from megatron_reheat.rollout.embedded import EmbeddedEngine
 from megatron_reheat.rollout.engine import RolloutEngine
@@ -24,7 +25,7 @@ from megatron_reheat.stages.inputs import Inputs
 
 
 def start_sampler(config: Config, topology: Topology, inputs: Inputs) -> RolloutEngine | None:
-    """The replica leader's engine, starting; None on other ranks. A collective over all ranks.
+    """This rank's engine, starting; None where it holds none (`engine_seats`). A collective over all ranks.
 
     Raises:
         ConfigError: `rollout` asks for what this machine does not have.
@@ -32,17 +33,19 @@ def start_sampler(config: Config, topology: Topology, inputs: Inputs) -> Rollout
     rollout = config.rollout.model_copy(update={"max_model_len": inputs.max_model_len})
     if rollout.mode == "server":
         return _start_fleet(config, rollout, topology, inputs)
-    if not topology.is_replica_leader:
+    seats = engine_seats(topology, rollout)
+    if not seats.is_leader:
         return None
-    replica_size = topology.tensor_size * topology.pipeline_size
+    ranks_per_engine = topology.world_size // seats.count
+    first = topology.local_rank
     return EmbeddedEngine(
         str(inputs.hf_folder),
         rollout,
         dtype=config.model.dtype,
-        log_file=RunFolder(config.run.path).logs / f"vllm-{topology.data_rank}.log",
+        log_file=RunFolder(config.run.path).logs / f"vllm-{seats.index}.log",
         seed=config.run.seed,
-        local_engines=max(1, topology.local_world_size // replica_size),
-        gpus=(topology.local_rank,) if topology.device.type == "cuda" else (),
+        local_engines=max(1, topology.local_world_size // ranks_per_engine),
+        gpus=range(first, first + rollout.tensor) if topology.device.type == "cuda" else (),
     )
 
 

@@ -147,12 +147,14 @@ def test_a_runaway_is_rolled_back_to_the_last_good_weights(whole, trunk):
 
 @pytest.mark.parametrize("layout", ["tensor", "pipeline"])
 def test_other_layouts_train_the_same_policy(whole, layout):
-    """vLLM samples from the weights a TP=2 or PP=2 trainer exports, and both agree on every sampled token."""
+    """An engine on each rank samples from the weights a TP=2 or PP=2 trainer exports; all agree on every sampled token."""
     config, folder, _ = whole
     other = ["parallel.data=1", f"parallel.{layout}=2", f"run.name={layout}", "run.steps=3", "eval.data="]
+    other += ["rollout.mode=colocated", "rollout.verify_every=1"]
     launcher = runs.torchrun if layout == "tensor" else runs.reheat  # both ways of starting it
     result = launcher("train", str(config), *other)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "2 engine(s)" in result.stdout
     steps = [s for s in runs.steps_of(folder.parent / layout) if s["stage"] != "sft"]
     assert [s["stage"] for s in steps] == STAGES[:3]
     assert all(s["rollout/mismatch_abs_max"] <= 1e-3 for s in steps)

@@ -1,0 +1,148 @@
+"""When engines are woken, fed and asked, in the order that `colocated` and `server` need; the engines here are recorders."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_reheat.config import RolloutConfig
+from megatron_reheat.errors import ConfigError, EngineDied
+from megatron_reheat.parallel.seats import engine_seats
+from megatron_reheat.rollout.engine import SyncReport
+from megatron_reheat.stages.clock import Clock
+from megatron_reheat.stages.policy import Policy
+from megatron_reheat.types import Completion, Prompt, Reward, SamplingParams
+
+PARAMS = SamplingParams(temperature=1.0, max_tokens=4)
+PROMPTS = [Prompt(i, "", (i + 1,), {}) for i in range(3)]
+
+
+class Recorder:
+    """Answers like an engine and notes what it was asked for; `dies_at` names the call that fails once."""
+
+    def __init__(self, dies_at: str = "") -> None:
+        self.calls: list[str] = []
+        self.policy_version: int | None = None
+        self._dies_at = dies_at
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        if call == self._dies_at:
+            self._dies_at = ""
+            raise EngineDied("it died")
+
+    def sleep(self) -> None:
+        self._note("sleep")
+
+    def wake(self) -> None:
+        self._note("wake")
+
+    def restart(self) -> None:
+        self._note("restart")
+
+    def wait_ready(self) -> float:
+        return 0.0
+
+    def generate(self, prompts, params, n, seed):
+        self._note("generate")
+        completion = Completion(np.array([1], np.int32), np.zeros(1, np.float32), 1.0, self.policy_version, "stop")
+        return [[completion] * n for _ in prompts]
+
+    def update_weights(self, tensors, version, verify):
+        list(tensors)
+        self._note(f"weights {version}")
+        self.policy_version = version
+        return SyncReport(version, 1, 4, 0.0, verify)
+
+
+class AllCorrect:
+    def grade(self, items):
+        return [Reward(1.0, True, False) for _ in items]
+
+
+def make_policy(mode: str, recorder: Recorder) -> Policy:
+    one_rank = SimpleNamespace(
+        rank=0, world_size=1, local_world_size=1, data_rank=0, data_size=1, is_replica_leader=True,
+        share_from_leaders=lambda mine, error=None: [mine], share_from_all=lambda mine, error=None: [mine],
+    )  # fmt: skip
+    engine = SimpleNamespace(
+        config=SimpleNamespace(rollout=RolloutConfig(mode=mode)), iter_hf_weights=lambda: iter([("w", torch.zeros(1))])
+    )
+    return Policy(engine, one_rank, recorder, AllCorrect(), decode=str)
+
+
+def test_a_colocated_engine_sleeps_while_training_and_is_fed_before_it_samples_again():
+    recorder = Recorder()
+    policy = make_policy("colocated", recorder)
+    policy.publish(1)
+    policy.sample(PROMPTS, 2, PARAMS, 0, Clock())
+    policy.sample(PROMPTS, 2, PARAMS, 1, Clock())  # dynamic sampling: no sleep between
+    policy.rest()
+    policy.rest()
+    policy.publish(2)
+    policy.sample(PROMPTS, 2, PARAMS, 2, Clock())
+    assert recorder.calls == ["weights 1", "generate", "generate", "sleep", "wake", "weights 2", "generate"]
+
+
+def test_weights_dropped_for_a_step_that_changed_none_are_sent_again():
+    recorder = Recorder()
+    policy = make_policy("colocated", recorder)
+    policy.publish(1)
+    policy.rest()
+    (group, *_) = policy.sample(PROMPTS, 1, PARAMS, 0, Clock())
+    assert recorder.calls == ["weights 1", "sleep", "wake", "weights 1", "generate"]
+    assert group.completions[0].policy_version == 1
+
+
+def test_an_engine_beside_the_trainer_is_never_put_to_sleep():
+    recorder = Recorder()
+    policy = make_policy("embedded", recorder)
+    policy.publish(1)
+    policy.rest()
+    policy.sample(PROMPTS, 1, PARAMS, 0, Clock())
+    assert recorder.calls == ["weights 1", "generate"]
+
+
+@pytest.mark.parametrize("call", ["sleep", "wake", "weights 2", "generate"])
+def test_an_engine_that_dies_at_any_point_is_restarted_fed_and_asked_again(call):
+    recorder = Recorder(dies_at=call)
+    policy = make_policy("colocated", recorder)
+    policy.publish(1)
+    policy.rest()
+    policy.publish(2)
+    groups = policy.sample(PROMPTS, 2, PARAMS, 0, Clock())
+    assert len(groups) == 3 and all(len(g.completions) == 2 for g in groups)
+    assert groups[0].completions[0].policy_version == 2
+    if call != "sleep":  # an engine that could not go to sleep is found dead by the next call
+        assert policy.engine_restarts == 1 and "restart" in recorder.calls
+
+
+@pytest.mark.parametrize(("mode", "tensor", "expected"), [
+    ("embedded", 1, [(0, 2, True), (0, 2, False), (1, 2, True), (1, 2, False)]),
+    ("server", 2, [(0, 2, True), (0, 2, False), (1, 2, True), (1, 2, False)]),
+    ("colocated", 1, [(0, 4, True), (1, 4, True), (2, 4, True), (3, 4, True)]),
+    ("colocated", 2, [(0, 2, True), (0, 2, False), (1, 2, True), (1, 2, False)]),
+    ("colocated", 4, [(0, 1, True), (0, 1, False), (0, 1, False), (0, 1, False)]),
+])  # fmt: skip
+def test_which_of_four_ranks_hold_an_engine(mode, tensor, expected):
+    """Two replicas of two ranks each."""
+    ranks = [
+        SimpleNamespace(
+            rank=r, world_size=4, local_world_size=4, data_rank=r // 2, data_size=2, is_replica_leader=r % 2 == 0,
+            share_from_leaders=None, share_from_all=lambda mine, error: ["a", "b", "c", "d"],
+        )
+        for r in range(4)
+    ]  # fmt: skip
+    seats = [engine_seats(rank, RolloutConfig(mode=mode, tensor=tensor)) for rank in ranks]
+    assert [(s.index, s.count, s.is_leader) for s in seats] == expected
+    if mode == "colocated":
+        assert seats[0].share("a", None) == ["a", "b", "c", "d"][::tensor]
+
+
+def test_engines_that_do_not_fit_a_node_are_refused():
+    rank = SimpleNamespace(rank=0, world_size=8, local_world_size=4)
+    with pytest.raises(ConfigError, match=r"rollout\.tensor 3 does not divide the 4 ranks of a node"):
+        engine_seats(rank, RolloutConfig(mode="colocated", tensor=3))
