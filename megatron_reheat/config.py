@@ -99,6 +99,10 @@ class RolloutConfig(Section):
     )
     num_servers: int = Field(default=1, gt=0, description="server: how many to start on this machine")
     tensor: int = Field(default=1, gt=0, description="colocated, server: tensor parallel size of one vLLM engine")
+    overlap: bool = Field(
+        default=False,
+        description="server: sample the next RL step's prompts while this one trains (one step off-policy)",
+    )
     temperature: float = Field(default=1.0, gt=0)
     max_tokens: int = Field(default=4096, gt=0)
     max_model_len: int | None = Field(default=None, gt=0)
@@ -330,6 +334,10 @@ def _cross_field_problems(c: Config) -> Iterator[str]:
         yield "sft.steps needs data.solution_template, the worked answer to imitate (e.g. '{answer}')"
     if c.rollout.tensor > 1 and c.rollout.mode == "embedded":
         yield "rollout.tensor needs rollout.mode colocated or server; an embedded engine has one device"
+    if c.rollout.overlap and c.rollout.mode != "server":
+        yield "rollout.overlap needs rollout.mode=server: the other engines share their devices with the trainer"
+    if c.rollout.overlap and c.rl.tis_cap is None:
+        yield "rollout.overlap samples from the policy of a step before; set rl.tis_cap (e.g. 2.0) to correct for it"
     if c.rollout.servers and c.rollout.mode != "server":
         yield "rollout.servers needs rollout.mode=server"
     if c.parallel.sequence_parallel and c.parallel.tensor == 1:

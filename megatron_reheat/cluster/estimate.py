@@ -49,7 +49,7 @@ CONSTANT_TEXTS = {
     "decode_request_s": "vLLM: seconds per request and step (each draws from a generator of its own)",
     "layer_launch_s": "trainer: launch seconds per layer, pass and micro-batch",
     "collective_s": "collectives: seconds of latency per hop",
-    "host_copy_bytes_s": "weight sync and snapshots through host memory, bytes/s per GPU",
+    "host_copy_bytes_s": "copies of the weights to host memory, bytes/s per GPU",
     "generation_batches": "rollout batches per RL step under dynamic sampling (half of the groups kept)",
     "engine_overhead_gib": "vLLM: activations and CUDA graphs, GiB",
     "reserved_gib": "CUDA contexts, NCCL buffers and fragmentation, GiB",
@@ -139,6 +139,7 @@ class Batch:
     lengths: Lengths
     prompt_tokens: float
     num_replicas: int
+    num_engines: int
     microbatch_tokens: int
 
     @property
@@ -162,7 +163,7 @@ class Batch:
     @property
     def sequences_per_engine(self) -> int:
         """On the fullest engine: prompts are dealt out whole."""
-        return math.ceil(self.prompts / self.num_replicas) * self.group_size
+        return math.ceil(self.prompts / self.num_engines) * self.group_size
 
     @property
     def resident_tokens(self) -> float:
@@ -194,6 +195,14 @@ class Estimate:
         return self.config.data_parallel(self.num_gpus)
 
     @cached_property
+    def num_engines(self) -> int:
+        """Servers run on GPUs of their own, `rollout.tensor` each, that `num_gpus` does not count."""
+        rollout = self.config.rollout
+        if rollout.mode == "server":
+            return len(rollout.servers) or rollout.num_servers
+        return self.num_gpus // rollout.tensor if rollout.mode == "colocated" else self.num_replicas
+
+    @cached_property
     def rl_batch(self) -> Batch:
         rl = self.config.rl
         lengths = Lengths.from_mean(self.mean_tokens, self.config.rollout.max_tokens)
@@ -209,12 +218,16 @@ class Estimate:
 
     def _batch(self, prompts: int, group_size: int, updates: int, lengths: Lengths) -> Batch:
         microbatch_tokens = self.config.parallel.microbatch_tokens
-        return Batch(prompts, group_size, updates, lengths, self.prompt_tokens, self.num_replicas, microbatch_tokens)
+        replicas, engines = self.num_replicas, self.num_engines
+        return Batch(prompts, group_size, updates, lengths, self.prompt_tokens, replicas, engines, microbatch_tokens)
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
     def memory(self) -> dict[str, float]:
-        """Bytes by component on the fullest GPU: the leader of a replica, on its first or last pipeline stage."""
+        """Bytes by component on the fullest GPU: the leader of a replica, on its first or last pipeline stage.
+
+        A colocated engine sleeps while the trainer works, so only the larger of the two is there.
+        """
         last = self.config.parallel.pipeline - 1
         return max((self._stage_memory(stage) for stage in {0, last}), key=lambda parts: sum(parts.values()))
 
@@ -228,13 +241,18 @@ class Estimate:
             f"weights ({c.model.dtype})": float(parameters * value),
             "main gradients (float32)": float(parameters * 4),
             "optimizer" + (" shard" if c.parallel.distributed_optimizer else ""): optimizer,
-            f"activations (recompute: {c.model.recompute})": self.activation_bytes(stage),
         }
+        training = {f"activations (recompute: {c.model.recompute})": self.activation_bytes(stage)}
         if stage == c.parallel.pipeline - 1:
-            parts["fused LM head" if c.model.fused_head else "logits"] = self.head_bytes()
-        if stage == 0:
-            parts["vLLM: weights"], parts["vLLM: KV cache"] = self.engine_weight_bytes, self.kv_cache_bytes
-            parts["vLLM: overhead"] = self.gpu.constants.engine_overhead_gib * GIB
+            training["fused LM head" if c.model.fused_head else "logits"] = self.head_bytes()
+        sampling = {"vLLM: weights": self.engine_weight_bytes, "vLLM: KV cache": self.kv_cache_bytes}
+        overhead = {"vLLM: overhead": self.gpu.constants.engine_overhead_gib * GIB}
+        if c.rollout.mode == "colocated":
+            parts |= max(training, sampling, key=lambda phase: sum(phase.values())) | overhead
+        elif c.rollout.mode == "embedded" and stage == 0:
+            parts |= training | sampling | overhead
+        else:
+            parts |= training
         parts["reserved"] = self.gpu.constants.reserved_gib * GIB
         return parts
 
@@ -279,11 +297,12 @@ class Estimate:
 
     @property
     def engine_weight_bytes(self) -> float:
-        return float(self.model.num_parameters * self._engine_value_bytes)
+        """On each of the engine's GPUs."""
+        return float(self.model.num_parameters * self._engine_value_bytes) / self.config.rollout.tensor
 
     @property
     def kv_cache_bytes(self) -> float:
-        """What vLLM's share of the GPU leaves beside its weights, or rollout.kv_cache_mb; may be negative."""
+        """On each GPU of an engine, what vLLM's share leaves beside its weights, or rollout.kv_cache_mb; may be negative."""
         rollout, constants = self.config.rollout, self.gpu.constants
         if rollout.kv_cache_mb:
             return float(rollout.kv_cache_mb << 20)
@@ -292,7 +311,9 @@ class Estimate:
 
     @property
     def kv_cache_tokens(self) -> float:
-        return self.kv_cache_bytes / self.model.kv_bytes_per_token(self._engine_value_bytes)
+        """Of one engine."""
+        held = self.kv_cache_bytes * self.config.rollout.tensor
+        return held / self.model.kv_bytes_per_token(self._engine_value_bytes)
 
     # -- time ------------------------------------------------------------------------------------------------------
 
@@ -328,8 +349,8 @@ class Estimate:
             reached = (i + 0.5) * width
             alive = max(1.0, slots * math.exp(-reached / x.scale))
             tail += width * self._decode_step(alive, p + reached)
-        prompts = math.ceil(batch.prompts / batch.num_replicas)  # a group shares its prompt through the prefix cache
-        flops = 2 * self.model.num_parameters * prompts * p
+        prompts = math.ceil(batch.prompts / batch.num_engines)  # a group shares its prompt through the prefix cache
+        flops = 2 * self.model.num_parameters * prompts * p / self.config.rollout.tensor
         return full + tail + flops / (self.gpu.flops * self.gpu.constants.prefill_flops)
 
     def concurrent_sequences(self, batch: Batch) -> float:
@@ -347,6 +368,7 @@ class Estimate:
             (read + cache) / (self.gpu.memory_bytes_s * constants.decode_bandwidth),
             flops / (self.gpu.flops * constants.prefill_flops),
         )
+        bound /= self.config.rollout.tensor
         return bound + constants.decode_step_s + requests * constants.decode_request_s
 
     def _forward_flops(self, context: float, *, head: float) -> float:
@@ -356,13 +378,13 @@ class Estimate:
         return layers + head * 2 * m.head_parameters
 
     def pass_flops(self, context: float, *, head: float, training: bool) -> float:
-        """Per token: forward, and twice that backward; recompute repeats forward, the fused head repeats its logits."""
+        """Per token: forward, and twice that backward; recompute repeats forward."""
         body = self._forward_flops(context, head=0.0)
         lm_head = head * 2 * self.model.head_parameters
         if not training:
             return body + lm_head
         body *= 4 if self.config.model.recompute == "full" else 3
-        return body + lm_head * (4 if self.config.model.fused_head else 3)
+        return body + lm_head * 3  # the fused head's gradient is taken while its logits exist
 
     def pass_seconds(self, batch: Batch, *, training: bool) -> float:
         """Forward (or forward and backward) of one minibatch, tensor-parallel collectives and pipeline bubble included."""
@@ -394,11 +416,17 @@ class Estimate:
         return touched / self.gpu.memory_bytes_s + volume / self._link(self.num_gpus) + latency
 
     def sync_seconds(self) -> float:
-        """Gather to the replica's first rank, then through host memory into its engine."""
-        p = self.config.parallel
+        """Gather on the replica's first rank (and back to the others, colocated), then into the engines."""
+        p, mode = self.config.parallel, self.config.rollout.mode
         ranks = p.tensor * p.pipeline
-        gather = self.engine_weight_bytes * (ranks - 1) / ranks / self._link(ranks)
-        return gather + self.engine_weight_bytes / self.gpu.constants.host_copy_bytes_s
+        weights = self.model.num_parameters * self._engine_value_bytes
+        gather = weights * (ranks - 1) / ranks / self._link(ranks)
+        if mode == "colocated" and ranks > 1:
+            gather += weights / self._link(ranks)
+        if mode == "server":
+            return gather + weights / (self.gpu.network_bytes_s * self.gpu.constants.link_bandwidth)
+        # packed into the shared buffer and unpacked by vLLM: two reads and two writes
+        return gather + 4 * weights / self.gpu.memory_bytes_s
 
     def _link(self, ranks: int) -> float:
         """Bytes/s of a collective over `ranks` neighbouring GPUs."""

@@ -136,18 +136,30 @@ def _print_header(console: Console, e: Estimate, gpu: str) -> None:
     console.print(f"{e.config.run.name}: {e.config.model.hf_path}, {e.model.num_parameters:,} parameters")
     console.print(
         f"{e.num_gpus} x {gpu} ({nodes} node{'s' * (nodes > 1)} of up to {NODE_GPUS}): tensor {p.tensor} x pipeline "
-        f"{p.pipeline} x data {e.num_replicas}; {e.num_replicas} vLLM engine{'s' * (e.num_replicas > 1)} of one device each"
+        f"{p.pipeline} x data {e.num_replicas}; {_engines(e)}"
     )
     idle = e.num_gpus - e.num_replicas
-    if idle and gpu != "cpu":
+    if idle and gpu != "cpu" and e.config.rollout.mode == "embedded":
         console.print(
-            f"note: {idle} of {e.num_gpus} GPUs have no engine and wait during rollouts (one engine per replica)"
+            f"note: {idle} of {e.num_gpus} GPUs have no engine and wait during rollouts (one engine per replica); "
+            "rollout.mode=colocated has one on each"
         )
-    if e.num_replicas > e.rl_batch.prompts:
+    if e.num_engines > e.rl_batch.prompts:
         console.print(
-            f"note: {e.num_replicas} replicas share rl.prompts_per_step {e.rl_batch.prompts} prompts: "
-            f"{e.num_replicas - e.rl_batch.prompts} engines have nothing to sample in an RL step"
+            f"note: {e.num_engines} engines share rl.prompts_per_step {e.rl_batch.prompts} prompts: "
+            f"{e.num_engines - e.rl_batch.prompts} engines have nothing to sample in an RL step"
         )
+
+
+def _engines(e: Estimate) -> str:
+    rollout, count = e.config.rollout, e.num_engines
+    devices = "one device" if rollout.tensor == 1 else f"{rollout.tensor} devices"
+    where = {
+        "embedded": "",
+        "colocated": ", asleep while the trainer works",
+        "server": ", beside the GPUs counted here",
+    }
+    return f"{count} vLLM engine{'s' * (count > 1)} of {devices} each{where[rollout.mode]}"
 
 
 def _table(title: str, *columns: str) -> Table:

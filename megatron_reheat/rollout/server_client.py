@@ -111,9 +111,17 @@ class Network:
 
     def close(self) -> None:
         if self._loop.is_running():
-            self.run(self._session.close())
+            self.run(self._give_up())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
+
+    async def _give_up(self) -> None:
+        """Ends what is still under way, or a thread that waits for it would wait for ever."""
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._session.close()
 
 
 async def _open_session() -> aiohttp.ClientSession:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +27,15 @@ class _Answer:
 
     value: Any = None
     died: str | None = None
+
+
+@dataclass
+class Order:
+    """Prompts to sample from, and how; `started` where this rank's share is being sampled in the background."""
+
+    prompts: Sequence[Prompt]
+    generate: Callable[[], list[list[Completion]]]
+    started: Future[list[list[Completion]]] | None = None
 
 
 class Policy:
@@ -57,6 +67,8 @@ class Policy:
         self._shared = rollout.mode == "server"
         self._rests = rollout.mode == "colocated"
         self._resting = False
+        self._ahead: Order | None = None
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="sampling-ahead")
         self._weight_sync = WeightSync(sampler, rollout)
 
     def publish(self, version: int) -> SyncReport:
@@ -74,25 +86,44 @@ class Policy:
         Raises:
             ReheatError: an engine keeps dying, or a prompt does not fit the context; the same error on every rank.
         """
-        seats = self._seats
-        mine = prompts[seats.index :: seats.count]
         if self._resting:  # nothing was published since: the last step changed no weights
             self._publish()
+        return self.finish(self._order(prompts, n, params, seed), clock)
 
-        def generate() -> list[list[Completion]]:
-            assert self._sampler is not None
-            return self._sampler.generate([p.token_ids for p in mine], params, n, seed + seats.index)
+    def begin(self, prompts: Sequence[Prompt], n: int, params: SamplingParams, seed: int) -> Order:
+        """Starts what `sample` does and returns at once; `finish` waits. The weights are those of now.
 
+        One at a time, and for engines with devices of their own: the trainer goes on meanwhile.
+        """
+        order = self._order(prompts, n, params, seed)
+        if self._sampler is not None:
+            order.started = self._background.submit(order.generate)
+        self._ahead = order
+        return order
+
+    def finish(self, order: Order, clock: Clock) -> list[Group]:
+        prompts = order.prompts
         with clock.phase("rollout"):
-            shares = self._sample_with_restarts(generate)
+            shares = self._sample_with_restarts(order)
+        if order is self._ahead:
+            self._ahead = None
         with clock.phase("reward"):
-            rewards = self._grade(mine, shares[seats.index])
+            rewards = self._grade(prompts[self._seats.index :: self._seats.count], shares[self._seats.index])
         return [
             Group(prompt, tuple(completions), tuple(graded))
             for prompt, completions, graded in zip(
                 prompts, _interleave(shares, len(prompts)), _interleave(rewards, len(prompts)), strict=True
             )
         ]
+
+    def _order(self, prompts: Sequence[Prompt], n: int, params: SamplingParams, seed: int) -> Order:
+        mine = prompts[self._seats.index :: self._seats.count]
+
+        def generate() -> list[list[Completion]]:
+            assert self._sampler is not None
+            return self._sampler.generate([p.token_ids for p in mine], params, n, seed + self._seats.index)
+
+        return Order(prompts, generate)
 
     def rest(self) -> None:
         """Nothing is sampled until weights are published again: colocated engines give their memory to the trainer."""
@@ -120,8 +151,9 @@ class Policy:
                 error = str(failure)
         return self._seats.share(rewards, error)
 
-    def _sample_with_restarts(self, generate: Callable[[], Any]) -> list[Any]:
-        answers = self._ask(generate if self._sampler is not None else None)
+    def _sample_with_restarts(self, order: Order) -> list[Any]:
+        generate = order.generate
+        answers = self._ask(None if self._sampler is None else order.started.result if order.started else generate)
         while any(a.died for a in answers):
             self._revive(answers)
             self._publish()
@@ -131,6 +163,11 @@ class Policy:
         return [a.value for a in answers]
 
     def _publish(self) -> list[SyncReport]:
+        if self._ahead is not None:
+            if self._ahead.started is not None:
+                wait([self._ahead.started])  # how it went is for `finish` to see
+            self._seats.share(None, None)  # no engine changes its weights before all have done
+
         def push() -> SyncReport:
             if self._resting and self._sampler is not None:
                 self._sampler.wake()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +17,8 @@ from megatron_reheat.model.engine import UpdateResult
 from megatron_reheat.rollout.weight_sync import check_mismatch, mismatch
 from megatron_reheat.stages.clock import Clock
 from megatron_reheat.stages.outcome import StepOutcome, derive_seed, sequence_of
-from megatron_reheat.stages.policy import Policy
-from megatron_reheat.types import Group, SamplingParams, TrainBatch
+from megatron_reheat.stages.policy import Order, Policy
+from megatron_reheat.types import Group, Prompt, SamplingParams, TrainBatch
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,15 @@ class Collected:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class _Ahead:
+    """The next step's first prompts, being sampled, and the place in the data before they were drawn."""
+
+    order: Order
+    temperature: float
+    cursor_state: dict[str, Any]
+
+
 class RLVRStage:
     """`step` reads as the algorithm: collect, score, update, publish."""
 
@@ -36,14 +46,20 @@ class RLVRStage:
         self._policy = policy
         self._cursor = cursor
         self._stop_token_ids = stop_token_ids
+        self._ahead: _Ahead | None = None
 
-    def step(self, step: int, *, stage_step: int, sampling_temperature: float) -> StepOutcome:
-        """`stage_step` counts from 0 since the stage began; the learning rate warms up with it."""
+    def step(self, step: int, *, stage_step: int, sampling_temperature: float, look_ahead: bool = False) -> StepOutcome:
+        """`stage_step` counts from 0 since the stage began; the learning rate warms up with it.
+
+        With `look_ahead` the first prompts of the next step are sampled while this one trains.
+        """
         clock, config = Clock(), self._config
         collected = self._collect(step, sampling_temperature, clock)
         if not collected.groups:
             return StepOutcome({**collected.metrics, **clock.metrics()}, collected.groups, entropy=None, applied=False)
         self._policy.rest()
+        if look_ahead:
+            self._look_ahead(step + 1, sampling_temperature)
         batch = make_train_batch(collected.groups, config)
         with clock.phase("score"):
             scores = self._policy.engine.score(batch, temperature=sampling_temperature)
@@ -67,11 +83,49 @@ class RLVRStage:
             **{f"rollout/{name}": value for name, value in disagreement.items()},
             "entropy/mean": scores.mean_entropy,
             "rollout/temperature": sampling_temperature,
+            "rollout/staleness": self._staleness(collected.groups, applied),
             "optimizer/skipped_updates": float(sum(not u.applied for u in updates)),
             **clock.metrics(),
         }
         metrics["throughput/tokens_per_s"] = batch.num_tokens / metrics["time/step_s"]
         return StepOutcome(metrics, collected.groups, scores.mean_entropy, applied, all(u.finite for u in updates))
+
+    def cursor_state(self) -> dict[str, Any]:
+        """The place in the data to save: prompts that were sampled ahead are not trained on yet."""
+        return self._cursor.state() if self._ahead is None else self._ahead.cursor_state
+
+    def forget_ahead(self) -> None:
+        """Gives back what was sampled ahead, because another stage comes next."""
+        if self._ahead is not None:
+            self._policy.finish(self._ahead.order, Clock())
+            self._cursor.load_state(self._ahead.cursor_state)
+            self._ahead = None
+
+    def _look_ahead(self, step: int, temperature: float) -> None:
+        cursor_state = self._cursor.state()
+        order = self._policy.begin(*self._request(step, 0, temperature))
+        self._ahead = _Ahead(order, temperature, cursor_state)
+
+    def _sample(self, step: int, batch: int, temperature: float, clock: Clock) -> list[Group]:
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return self._policy.sample(*self._request(step, batch, temperature), clock)
+        groups = self._policy.finish(ahead.order, clock)
+        if ahead.temperature == temperature:
+            return groups
+        self._cursor.load_state(ahead.cursor_state)
+        return self._policy.sample(*self._request(step, batch, temperature), clock)
+
+    def _request(self, step: int, batch: int, temperature: float) -> tuple[list[Prompt], int, SamplingParams, int]:
+        rl = self._config.rl
+        params = SamplingParams(temperature, self._config.rollout.max_tokens, stop_token_ids=self._stop_token_ids)
+        seed = derive_seed(self._config.run.seed, step, batch)
+        return self._cursor.next(rl.prompts_per_step), rl.group_size, params, seed
+
+    def _staleness(self, groups: Sequence[Group], published: bool) -> float:
+        """Versions between the policy that sampled and the one that was trained, in the mean."""
+        trained = self._policy.version - published
+        return float(np.mean([trained - c.policy_version for g in groups for c in g.completions]))
 
     def _update(self, batch: TrainBatch, stage_step: int, sampling_temperature: float) -> list[UpdateResult]:
         rl, optimizer = self._config.rl, self._config.optimizer
@@ -102,19 +156,13 @@ class RLVRStage:
         on with what was kept; surplus groups are dropped.
         """
         rl = self._config.rl
-        params = SamplingParams(
-            temperature=sampling_temperature,
-            max_tokens=self._config.rollout.max_tokens,
-            stop_token_ids=self._stop_token_ids,
-        )
         seen: list[Group] = []
         kept: list[Group] = []
         batches = 0
         while len(kept) < rl.prompts_per_step and (
             batches < rl.max_generation_batches or not rl.max_generation_batches
         ):
-            seed = derive_seed(self._config.run.seed, step, batches)
-            groups = self._policy.sample(self._cursor.next(rl.prompts_per_step), rl.group_size, params, seed, clock)
+            groups = self._sample(step, batches, sampling_temperature, clock)
             seen += groups
             kept += [g for g in groups if 0 < g.accuracy < 1] if rl.dynamic_sampling else groups
             batches += 1

@@ -196,7 +196,12 @@ class Run:
         temperature = self.config.rollout.temperature
         if state.temperature_raised:
             temperature = self.config.controller.rollout_temperature
-        outcome = self.rlvr.step(step, stage_step=state.stage_steps, sampling_temperature=temperature)
+        outcome = self.rlvr.step(
+            step,
+            stage_step=state.stage_steps,
+            sampling_temperature=temperature,
+            look_ahead=self.config.rollout.overlap and step < self.config.sft.steps + self.config.run.steps,
+        )
         if outcome.entropy is None:
             return outcome, Verdict.CONTINUE
         return outcome, self.controller.observe_rl(outcome.entropy)
@@ -209,6 +214,7 @@ class Run:
         text = self.controller.explain(verdict, self.controller.smoothed_entropy if entropy is None else entropy)
         self.controller.carry_out(verdict)
         if self.controller.state.stage != before:
+            self.rlvr.forget_ahead()
             self.engine.reset_optimizer()
         return text
 
@@ -255,7 +261,7 @@ class Run:
             return
         self.state.policy_version = self.policy.version
         self.state.controller = self.controller.state.to_json()
-        self.state.cursor = self.cursor.state()
+        self.state.cursor = self.rlvr.cursor_state()
         self.state.sft_cursor = self.sft_cursor.state()
         save_checkpoint(
             self.engine,

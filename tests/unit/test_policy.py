@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -118,6 +119,43 @@ def test_an_engine_that_dies_at_any_point_is_restarted_fed_and_asked_again(call)
     assert groups[0].completions[0].policy_version == 2
     if call != "sleep":  # an engine that could not go to sleep is found dead by the next call
         assert policy.engine_restarts == 1 and "restart" in recorder.calls
+
+
+def test_weights_wait_for_what_is_being_sampled_ahead():
+    recorder = Recorder()
+    policy = make_policy("server", recorder)
+    policy.publish(1)
+    sampling, go_on = threading.Event(), threading.Event()
+    generate = recorder.generate
+
+    def slow(*arguments):
+        sampling.set()
+        assert go_on.wait(20)
+        return generate(*arguments)
+
+    recorder.generate = slow
+    order = policy.begin(PROMPTS, 2, PARAMS, 0)
+    assert sampling.wait(20)  # beside this thread, which is free to train
+    publisher = threading.Thread(target=policy.publish, args=(2,))
+    publisher.start()
+    publisher.join(0.2)
+    assert publisher.is_alive() and recorder.calls == ["weights 1"]
+    go_on.set()
+    publisher.join(20)
+    groups = policy.finish(order, Clock())
+    assert recorder.calls == ["weights 1", "generate", "weights 2"]
+    assert {c.policy_version for g in groups for c in g.completions} == {1}
+
+
+def test_what_was_lost_while_sampling_ahead_is_sampled_again_with_todays_weights():
+    recorder = Recorder(dies_at="generate")
+    policy = make_policy("server", recorder)
+    policy.publish(1)
+    order = policy.begin(PROMPTS, 2, PARAMS, 0)
+    policy.publish(2)
+    groups = policy.finish(order, Clock())
+    assert recorder.calls == ["weights 1", "generate", "weights 2", "restart", "weights 2", "generate"]
+    assert len(groups) == 3 and {c.policy_version for g in groups for c in g.completions} == {2}
 
 
 @pytest.mark.parametrize(("mode", "tensor", "expected"), [

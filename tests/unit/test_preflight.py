@@ -109,6 +109,21 @@ def test_memory_of_one_replica_by_hand() -> None:
     assert parts["reserved"] == Constants().reserved_gib * GIB
 
 
+def test_what_a_gpu_holds_depends_on_where_the_engines_are() -> None:
+    embedded, colocated, server = (
+        tiny(4, rollout={"mode": mode, "kv_cache_mb": 64, "tensor": tensor, "max_tokens": 128}, rl={"prompts_per_step": 16})
+        for mode, tensor in (("embedded", 1), ("colocated", 2), ("server", 2))
+    )
+    assert (embedded.num_engines, colocated.num_engines, server.num_engines) == (4, 2, 1)
+    assert (embedded.rl_batch.sequences_per_engine, colocated.rl_batch.sequences_per_engine) == (32, 64)
+    base = embedded.memory()
+    assert not any(name.startswith("vLLM") for name in server.memory())
+    held = colocated.memory()
+    assert "activations (recompute: full)" not in held and held["vLLM: KV cache"] == 64 << 20
+    assert held["vLLM: weights"] == base["vLLM: weights"] / 2
+    assert colocated.kv_cache_tokens == 2 * embedded.kv_cache_tokens
+
+
 def test_full_recompute_keeps_inputs_and_one_layer() -> None:
     kept = tiny(4, model={"recompute": "full"}).activation_bytes()
     assert kept == 256 * 2 * (4 * 64 + 832)
@@ -185,7 +200,7 @@ def test_flops_per_token_by_hand() -> None:
     matrices, attention, head = 2 * 4 * 30_720, 2 * 4 * 50 * 64, 2 * TABLE
     estimate = tiny(model={"recompute": "none"})
     assert estimate.pass_flops(50, head=1.0, training=False) == matrices + attention + head
-    assert estimate.pass_flops(50, head=0.5, training=True) == 3 * (matrices + attention) + 0.5 * 4 * head
+    assert estimate.pass_flops(50, head=0.5, training=True) == 3 * (matrices + attention) + 0.5 * 3 * head
     assert tiny().pass_flops(50, head=0.0, training=True) == 4 * (matrices + attention)
 
 
