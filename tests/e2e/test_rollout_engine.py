@@ -38,7 +38,7 @@ CONFIG = RolloutConfig(
 class Policy:
     """A tiny transformers model and the engine that should agree with it."""
 
-    def __init__(self, folder, tied: bool) -> None:
+    def __init__(self, folder, tied: bool, rollout: RolloutConfig = CONFIG) -> None:
         config = Qwen3Config(
             vocab_size=VOCAB, hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, head_dim=32, max_position_embeddings=CONTEXT, tie_word_embeddings=tied,
@@ -50,7 +50,7 @@ class Policy:
         self.core = min(os.sched_getaffinity(0))
         self.engine = EmbeddedEngine(
             str(folder),
-            CONFIG,
+            rollout,
             dtype="float32",
             log_file=folder / "engine.log",
             cpu_affinity=None if tied else [self.core],
@@ -413,3 +413,19 @@ def test_a_model_without_an_attention_kernel_is_refused_by_name(tmp_path):
             engine.wait_ready()
     finally:
         engine.close()
+
+
+def test_an_engine_over_two_workers_takes_the_same_weights(tmp_path):
+    """vLLM under tensor parallelism: every worker loads its part out of the trainer's one buffer."""
+    split = Policy(tmp_path, tied=True, rollout=CONFIG.model_copy(update={"tensor": 2, "mode": "colocated"}))
+    try:
+        for seed in (1, 2):
+            split.randomize(seed)
+            assert split.push().verified == (seed == 1)
+            split.assert_agrees()
+        name, tensor = split.tensors()[3]
+        with pytest.raises(WeightSyncError, match=f"{name} was sent twice"):
+            split.push([*split.tensors(), (name, tensor)])
+        split.assert_refuses_until_pushed()
+    finally:
+        split.engine.close()

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_reheat.config import RolloutConfig
 from megatron_reheat.losses import fused_tempered_kl, tempered_kl, vocab_logprobs
 from megatron_reheat.model.backend import choose_backend
 from megatron_reheat.parallel import cpu
+from megatron_reheat.rollout.embedded import EmbeddedEngine
+from megatron_reheat.rollout.fleet import ServerFleet
+from megatron_reheat.rollout.server_process import ServerProcess, transfer_backend
+from megatron_reheat.rollout.server_weights import ServerWeights
+from megatron_reheat.rollout.servers import Servers
+from megatron_reheat.types import SamplingParams
 from tests.reference import LOGIT_CASES, dense_kl, dense_logprobs, make_logits, relative_error
+from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.gpu
 
@@ -61,3 +72,75 @@ def test_the_cpu_backend_stays_out_of_the_way():
 
 def test_the_backend_names_what_it_chose():
     assert "Transformer Engine" in str(choose_backend("auto")) or "SDPA" in str(choose_backend("auto"))
+
+
+# -- engines: vLLM on the device against transformers on the same weights ------------------------------------------------
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+PROMPTS = [[2 + (5 * i + 3 * j) % 120 for j in range(6 + i)] for i in range(4)]
+ROLLOUT = RolloutConfig(max_model_len=256, max_num_seqs=16, enforce_eager=True, kv_cache_mb=256, sync_bucket_mb=1)
+TOLERANCE = 2e-2  # float32, but vLLM's attention kernels are not transformers'
+
+
+@pytest.fixture
+def policy(tmp_path):
+    folder = save_tiny_model("qwen3_tied", tmp_path / "model")
+    return folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().cuda()
+
+
+def change(model) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+
+
+def tensors_of(model) -> list[tuple[str, torch.Tensor]]:
+    return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+
+
+def assert_agrees(engine, model) -> None:
+    for prompt, (completion,) in zip(PROMPTS, engine.generate(PROMPTS, GREEDY, n=1, seed=0), strict=True):
+        sequence = torch.tensor([[*prompt, *completion.token_ids.tolist()]], device="cuda")
+        with torch.no_grad():
+            logprobs = model(sequence).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        chosen = logprobs.gather(-1, sequence[0, len(prompt) :, None])[:, 0].cpu()
+        assert (chosen - torch.from_numpy(completion.rollout_logprobs)).abs().max() <= TOLERANCE
+
+
+def test_weights_reach_an_engine_in_the_devices_memory_and_again_after_its_sleep(policy, tmp_path):
+    folder, model = policy
+    engine = EmbeddedEngine(str(folder), ROLLOUT, dtype="float32", log_file=tmp_path / "engine.log", gpus=(0,))
+    try:
+        assert engine.update_weights(tensors_of(model), 1, verify=True).verified
+        assert_agrees(engine, model)
+        engine.sleep()
+        change(model)
+        engine.wake()
+        assert engine.update_weights(tensors_of(model), 2, verify=True).verified
+        assert_agrees(engine, model)
+    finally:
+        engine.close()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a server needs a GPU beside the trainer's")
+def test_weights_reach_a_server_over_nccl(policy, tmp_path):
+    folder, model = policy
+    hf = AutoConfig.from_pretrained(folder)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def start() -> ServerProcess:
+        log_file = tmp_path / "server.log"
+        return ServerProcess(str(folder), hf, ROLLOUT, dtype="float32", seed=0, port=port, log_file=log_file, gpus=(1,))
+
+    url = f"http://127.0.0.1:{port}"
+    servers = Servers([url], {url: start}, ROLLOUT, hf, transfer_backend(on_cpu=False))
+    weights = ServerWeights(servers, ROLLOUT, on_cpu=False)
+    fleet = ServerFleet(servers, hf.vocab_size, ROLLOUT, label="run", weights=weights)
+    try:
+        for version in (1, 2):
+            change(model)
+            fleet.update_weights(tensors_of(model), version, verify=True)
+            assert_agrees(fleet, model)
+    finally:
+        fleet.close()

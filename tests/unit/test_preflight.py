@@ -111,7 +111,11 @@ def test_memory_of_one_replica_by_hand() -> None:
 
 def test_what_a_gpu_holds_depends_on_where_the_engines_are() -> None:
     embedded, colocated, server = (
-        tiny(4, rollout={"mode": mode, "kv_cache_mb": 64, "tensor": tensor, "max_tokens": 128}, rl={"prompts_per_step": 16})
+        tiny(
+            4,
+            rollout={"mode": mode, "kv_cache_mb": 64, "tensor": tensor, "max_tokens": 128},
+            rl={"prompts_per_step": 16},
+        )
         for mode, tensor in (("embedded", 1), ("colocated", 2), ("server", 2))
     )
     assert (embedded.num_engines, colocated.num_engines, server.num_engines) == (4, 2, 1)
