@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, help="folder of the report; by default the last run's report/")
     report.set_defaults(run=_report)
     _add_convert(commands)
+    _add_serve(commands)
     _add_slurm(commands)
     _add_check(commands)
     doctor = commands.add_parser("doctor", help="what is installed here, what is missing and what is used instead")
@@ -106,6 +107,27 @@ def _doctor(parsed: argparse.Namespace) -> int:
     from megatron_reheat.cluster.doctor import examine
 
     return examine()
+
+
+def _add_serve(commands: Any) -> None:
+    command = commands.add_parser("serve", help="vLLM servers on this machine, for rollout.servers of a run elsewhere")
+    command.add_argument("config", type=Path)
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="directly after CONFIG")
+    command.add_argument("--host", default="0.0.0.0", help="interface; there is no password, so keep it a private one")
+    command.add_argument("--port", type=int, default=8300, help="of the first server; the others follow")
+    command.add_argument("--servers", type=int, metavar="N", help="default: GPUs / rollout.tensor, without GPUs 1")
+    command.add_argument("--log-folder", type=Path, metavar="DIR", help="default: the run's logs/")
+    command.set_defaults(run=_serve)
+
+
+def _serve(parsed: argparse.Namespace) -> int:
+    hold_stop_signal()  # a notice to all processes of a job is for the trainer, which still needs the servers
+    config = load_config(parsed.config, parsed.overrides)
+
+    from megatron_reheat.rollout.serve import serve
+
+    serve(config, host=parsed.host, port=parsed.port, servers=parsed.servers, log_folder=parsed.log_folder)
+    return 0
 
 
 def _add_slurm(commands: Any) -> None:

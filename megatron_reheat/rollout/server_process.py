@@ -37,7 +37,7 @@ class ServerProcess:
     """Starts at once; whoever talks to it finds out when it is ready.
 
     Args:
-        gpus: the devices vLLM may use, as CUDA_VISIBLE_DEVICES counts them; empty on CPU.
+        gpus: the devices vLLM may use, as CUDA_VISIBLE_DEVICES names them; empty on CPU.
         threads: OpenMP threads of a CPU engine.
         host: interface to listen on. The weight routes ask for no password: keep it private.
     """
@@ -53,7 +53,7 @@ class ServerProcess:
         port: int,
         log_file: Path,
         host: str = "127.0.0.1",
-        gpus: Sequence[int] = (),
+        gpus: Sequence[int | str] = (),
         threads: int = 1,
     ) -> None:
         self.port = port

@@ -1,0 +1,164 @@
+"""`reheat serve`: vLLM servers for a recipe's policy on this machine, which a trainer elsewhere names in `rollout.servers`.
+
+The servers start with random weights; the trainer sends its own. Nothing of the model is loaded here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from megatron_reheat.config import Config
+from megatron_reheat.errors import ConfigError
+from megatron_reheat.model.provider import read_hf_config, resolve_hf_folder
+from megatron_reheat.rollout.server_client import Network
+from megatron_reheat.rollout.server_process import ServerProcess
+from megatron_reheat.rollout.servers import POLL_S
+from megatron_reheat.run_folder import RunFolder
+from megatron_reheat.stages.inputs import context_length
+
+LAST_PORT = 65535
+ANY_ADDRESS = ("0.0.0.0", "::")
+
+
+def serve(config: Config, *, host: str, port: int, servers: int | None = None, log_folder: Path | None = None) -> None:
+    """Starts the servers and returns when it was asked to end them by SIGTERM or SIGINT.
+
+    A SIGTERM that was ignored when this process started stays ignored, as with nohup.
+
+    Args:
+        host: interface to listen on.
+        port: of the first server; the others follow.
+        servers: how many; by default one for every `rollout.tensor` GPUs, and one on a machine without any.
+        log_folder: by default the run's logs/.
+
+    Raises:
+        ConfigError: the recipe cannot be served here, or a port is taken.
+        EngineDied: a server ended, or was not ready within `rollout.start_timeout_s`; the others are ended.
+    """
+    shares = divide_gpus(visible_gpus(), servers, config.rollout.tensor)
+    check_ports(host, port, len(shares))
+    model_folder = resolve_hf_folder(config.model)
+    hf = read_hf_config(model_folder)
+    rollout = config.rollout.model_copy(update={"max_model_len": context_length(config, hf.max_position_embeddings)})
+    logs = log_folder or RunFolder(config.run.path).logs
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{logs} cannot be made: {error.strerror}; change --log-folder") from None
+    name = socket.gethostname()
+    stop = _stop_on_signals()
+    running: dict[str, ServerProcess] = {}
+    try:
+        for number, gpus in enumerate(shares, start=port):
+            url = f"http://{_address(host, name)}:{number}"
+            log_file = logs / f"vllm-{name}-{number}.log"
+            running[url] = ServerProcess(
+                str(model_folder),
+                hf,
+                rollout,
+                dtype=config.model.dtype,
+                seed=config.run.seed,
+                host=host,
+                port=number,
+                log_file=log_file,
+                gpus=gpus,
+                threads=rollout.threads or max(1, len(os.sched_getaffinity(0)) // len(shares)),
+            )
+            print(f"{url} on {'GPU ' + ','.join(gpus) if gpus else 'CPU'}, log {log_file}", flush=True)
+        _watch(running, host, rollout.start_timeout_s, stop)
+    finally:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(ServerProcess.end, running.values()))
+    print("servers ended", flush=True)
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """The GPUs this process may use, each by the name that CUDA_VISIBLE_DEVICES has for it; makes no CUDA context."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = named.split(",") if named else map(str, range(count))
+    return tuple(name.strip() for name in names)[:count]
+
+
+def divide_gpus(gpus: Sequence[str], servers: int | None, tensor: int) -> list[tuple[str, ...]]:
+    """What each server gets: `tensor` GPUs in order, or none at all where there are none.
+
+    Raises:
+        ConfigError: there are too few GPUs.
+    """
+    if servers is not None and servers < 1:
+        raise ConfigError(f"--servers {servers} must be at least 1")
+    if not gpus:
+        return [()] * (servers or 1)
+    if servers is None and tensor > len(gpus):
+        raise ConfigError(f"rollout.tensor {tensor} exceeds the {len(gpus)} GPUs of this machine; lower it")
+    servers = servers or len(gpus) // tensor
+    if servers * tensor > len(gpus):
+        raise ConfigError(
+            f"--servers {servers} x rollout.tensor {tensor} need {servers * tensor} GPUs, this machine has {len(gpus)}; "
+            "lower one of them"
+        )
+    return [tuple(gpus[k * tensor : (k + 1) * tensor]) for k in range(servers)]
+
+
+def check_ports(host: str, port: int, count: int) -> None:
+    """
+    Raises:
+        ConfigError: one of the `count` ports from `port` on cannot be listened on.
+    """
+    if not 1 <= port <= LAST_PORT + 1 - count:
+        raise ConfigError(f"--port {port}: {count} servers need ports within 1 to {LAST_PORT}")
+    for number in range(port, port + count):
+        try:
+            family, _, _, _, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
+            socket.create_server(address, family=family).close()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(f"--port: {number} is in use on this machine; choose another --port") from None
+            raise ConfigError(f"--host {host} --port {number} cannot be listened on: {error.strerror}") from None
+
+
+def _watch(running: dict[str, ServerProcess], host: str, start_timeout_s: float, stop: threading.Event) -> None:
+    """Tells of every server that becomes ready, and returns when `stop` is set."""
+    started = time.perf_counter()
+    network = Network()
+    clients = {
+        url: network.client(f"http://{_address(host, '127.0.0.1')}:{process.port}", start_timeout_s)
+        for url, process in running.items()
+    }
+    try:
+        while not stop.wait(POLL_S):
+            for url, process in running.items():
+                late = url in clients and time.perf_counter() - started > start_timeout_s
+                if late or not process.alive:
+                    raise process.death()
+                if url in clients and network.run(clients[url].is_ready()):
+                    print(f"{url} ready after {time.perf_counter() - started:.0f} s", flush=True)
+                    del clients[url]
+    finally:
+        network.close()
+
+
+def _address(host: str, for_any: str) -> str:
+    """`host` as a part of a URL; `for_any` where it stands for every interface."""
+    if host in ANY_ADDRESS:
+        return for_any
+    return f"[{host}]" if ":" in host else host
+
+
+def _stop_on_signals() -> threading.Event:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: stop.set())
+    return stop
