@@ -193,9 +193,12 @@ def _sbatch_options(request: JobRequest, num_runs: int) -> Iterator[str]:
 
 
 def _container_options(request: JobRequest) -> str:
-    """Pyxis, which most clusters with containers have; with Apptainer put `apptainer exec --nv IMAGE` before python."""
+    """With a leading space.
+
+    Pyxis, which most clusters with containers have; with Apptainer put `apptainer exec --nv IMAGE` before python.
+    """
     if request.container is None:
         return ""
     return (
-        f'--container-image={shlex.quote(request.container)} --container-mounts="$PWD:$PWD" --container-workdir="$PWD"'
+        f' --container-image={shlex.quote(request.container)} --container-mounts="$PWD:$PWD" --container-workdir="$PWD"'
     )

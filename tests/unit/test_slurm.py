@@ -79,7 +79,7 @@ def test_nodes_without_gpus(request_: JobRequest) -> None:
 
 def test_a_container_brings_its_own_python(request_: JobRequest) -> None:
     job = make_job(replace(request_, venv=None, container="registry/an image:1"))
-    assert "--container-image='registry/an image:1' --container-mounts=\"$PWD:$PWD\"" in job.script
+    assert "%n.log\" --container-image='registry/an image:1' --container-mounts=\"$PWD:$PWD\"" in job.script
     assert "python3 -m megatron_reheat.cluster.launch" in job.script and "activate" not in job.script
 
 
