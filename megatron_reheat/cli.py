@@ -138,6 +138,12 @@ def _add_slurm(commands: Any) -> None:
     size = command.add_mutually_exclusive_group()
     size.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
     size.add_argument("--cpu-tasks", type=int, metavar="K", help="nodes without GPUs: K processes on each")
+    command.add_argument(
+        "--rollout-nodes", type=int, metavar="M", help="further nodes for vLLM servers (rollout.mode=server)"
+    )
+    command.add_argument(
+        "--servers-per-node", type=int, metavar="K", help="default: GPUs / rollout.tensor, without GPUs 1"
+    )
     for option in ("partition", "account", "time"):
         command.add_argument(f"--{option}", help=f"sbatch's --{option}")
     place = command.add_mutually_exclusive_group()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
-import string
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_reheat.cluster.rollout_nodes import TEXTS, rollout_texts
+from megatron_reheat.cluster.template import JobTemplate
 from megatron_reheat.config import Config, load_config
 from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.stop_request import REQUEUE_EXIT_CODE
@@ -17,18 +18,13 @@ from megatron_reheat.stop_request import REQUEUE_EXIT_CODE
 TEMPLATE = Path(__file__).parent / "job.sbatch.template"
 
 
-class JobTemplate(string.Template):
-    """Placeholders are `@@{name}`, so that the shell's own `$` stays as it is."""
-
-    delimiter = "@@"
-
-
 @dataclass(frozen=True)
 class JobRequest:
     """What `reheat slurm` was asked for.
 
     `arms` are further recipes beside `config`; with `seeds`, every recipe runs once per seed. Each of these runs is one task
-    of a job array. `cpu_tasks` replaces GPUs by that many processes a node.
+    of a job array. `cpu_tasks` replaces GPUs by that many processes a node. `rollout_nodes` are nodes of vLLM servers, beside
+    `nodes`; empty `servers_per_node` is as many as a node has GPUs for.
     """
 
     config: Path
@@ -39,6 +35,8 @@ class JobRequest:
     seeds: Sequence[int] = ()
     gpus_per_node: int = 8
     cpu_tasks: int | None = None
+    rollout_nodes: int | None = None
+    servers_per_node: int | None = None
     partition: str | None = None
     account: str | None = None
     time: str | None = None
@@ -51,6 +49,10 @@ class JobRequest:
     @property
     def per_node(self) -> int:
         return self.gpus_per_node if self.cpu_tasks is None else self.cpu_tasks
+
+    @property
+    def python(self) -> str:
+        return "python" if self.venv else "python3" if self.container else shlex.quote(sys.executable)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ def make_job(request: JobRequest) -> Job:
     runs = [_arguments(*run, request) for run in _runs(request)]
     configs = [_load(path, overrides, request) for path, *overrides in runs]
     _check_folders(configs)
+    for config in configs:
+        _check_rollout(config, request)
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in _run_name(request.config, request))
     try:
         script = JobTemplate(request.template.read_text()).substitute(
@@ -82,8 +86,9 @@ def make_job(request: JobRequest) -> Job:
             environment=f"source {shlex.quote(str(request.venv))}/bin/activate" if request.venv else "",
             requeue_code=REQUEUE_EXIT_CODE,
             srun_options=_container_options(request),
-            python="python" if request.venv else "python3" if request.container else shlex.quote(sys.executable),
+            python=request.python,
             per_node=request.per_node,
+            **_rollout_texts(configs[0], request),
         )
     except OSError as error:
         raise ConfigError(f"--template {request.template} cannot be read: {error.strerror}") from None
@@ -127,6 +132,7 @@ def submit(script: Path) -> str:
 
 def _check(request: JobRequest) -> None:
     numbers = {"--nodes": request.nodes, "--gpus-per-node": request.gpus_per_node, "--cpu-tasks": request.cpu_tasks}
+    numbers |= {"--rollout-nodes": request.rollout_nodes, "--servers-per-node": request.servers_per_node}
     for option, number in {**numbers, "--requeue-signal-s": request.notice_s}.items():
         if number is not None and number < 1:
             raise ConfigError(f"{option} {number} must be at least 1")
@@ -177,7 +183,66 @@ def _check_folders(configs: Sequence[Config]) -> None:
             )
 
 
+def _check_rollout(config: Config, request: JobRequest) -> None:
+    """Whether servers and their nodes are asked for in the recipe and in the options alike."""
+    rollout = config.rollout
+    if request.rollout_nodes is None:
+        if request.servers_per_node is not None:
+            raise ConfigError("--servers-per-node needs --rollout-nodes, the number of nodes for the servers")
+        if rollout.mode == "server" and not rollout.servers:
+            raise ConfigError(
+                "rollout.mode=server needs --rollout-nodes, nodes for the vLLM servers, or rollout.servers, the URLs of "
+                "running ones (reheat serve)"
+            )
+        return
+    if rollout.mode != "server":
+        raise ConfigError(
+            f"--rollout-nodes {request.rollout_nodes} needs rollout.mode=server; this run has {rollout.mode}: its engines "
+            "are beside the trainer"
+        )
+    if rollout.servers:
+        raise ConfigError(
+            "--rollout-nodes starts servers of the job's own; leave rollout.servers empty, or the option out"
+        )
+    if request.arms or request.seeds:
+        raise ConfigError(
+            "--rollout-nodes makes a job of two parts, of which Slurm has no arrays; submit --arms and --seeds one by one"
+        )
+    needed = (request.servers_per_node or 1) * rollout.tensor
+    if request.cpu_tasks is None and needed > request.gpus_per_node:
+        raise ConfigError(
+            f"--servers-per-node {request.servers_per_node or 1} x rollout.tensor {rollout.tensor} need {needed} GPUs, a "
+            f"node has {request.gpus_per_node} (--gpus-per-node); lower one of them"
+        )
+
+
+def _rollout_texts(config: Config, request: JobRequest) -> dict[str, str]:
+    if request.rollout_nodes is None:
+        return dict.fromkeys(TEXTS, "")
+    text = request.template.read_text()
+    for name in TEXTS:
+        if f"@@{{{name}}}" not in text:
+            raise ConfigError(
+                f"--template {request.template} has no @@{{{name}}}, which --rollout-nodes needs; put it where the "
+                "package's job.sbatch.template has it"
+            )
+    on_cpu = request.cpu_tasks is not None
+    return rollout_texts(
+        [f"nodes={request.rollout_nodes}", "ntasks-per-node=1", *_node_options(request), "requeue"],
+        request.servers_per_node or (1 if on_cpu else request.gpus_per_node // config.rollout.tensor),
+        python=request.python,
+        srun_options=_container_options(request),
+    )
+
+
 def _sbatch_options(request: JobRequest, num_runs: int) -> Iterator[str]:
+    yield from _node_options(request)
+    if num_runs > 1:
+        yield f"array=0-{num_runs - 1}"
+    yield f"output={shlex.quote(str(request.logs / ('%x-%A_%a.log' if num_runs > 1 else '%x-%j.log')))}"
+
+
+def _node_options(request: JobRequest) -> Iterator[str]:
     if request.cpu_tasks is None:
         yield f"gpus-per-node={request.gpus_per_node}"
         yield "exclusive"  # all cores and all memory: without it Slurm gives the node's one task a single core
@@ -187,9 +252,6 @@ def _sbatch_options(request: JobRequest, num_runs: int) -> Iterator[str]:
     for option, value in (("partition", request.partition), ("account", request.account), ("time", request.time)):
         if value is not None:
             yield f"{option}={shlex.quote(value)}"
-    if num_runs > 1:
-        yield f"array=0-{num_runs - 1}"
-    yield f"output={shlex.quote(str(request.logs / ('%x-%A_%a.log' if num_runs > 1 else '%x-%j.log')))}"
 
 
 def _container_options(request: JobRequest) -> str:

@@ -84,3 +84,12 @@ def test_more_nodes_change_only_the_replicas(size: str, tensor: int, nodes: int)
     changed = {"parallel.data": 8 * nodes // tensor, "run.name": f"ts_opsd_{nodes}nodes"}
     assert differences(main.model_dump(), other.model_dump()) == changed
     assert other.data_parallel(8 * nodes) == 8 * nodes // tensor
+
+
+def test_servers_change_only_the_rollout() -> None:
+    main, other = (load_config(ROOT / "yaml" / f"qwen3_4b_{name}.yaml") for name in ("ts_opsd", "servers"))
+    assert differences(main.model_dump(), other.model_dump()) == {
+        "rollout.mode": "server",
+        "rollout.gpu_memory_utilization": 0.9,
+        "run.name": "ts_opsd_servers",
+    }

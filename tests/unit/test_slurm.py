@@ -13,6 +13,7 @@ import pytest
 
 from megatron_reheat import cli, stop_request
 from megatron_reheat.cluster.slurm import TEMPLATE, Job, JobRequest, make_job, submit, write_job
+from megatron_reheat.config import load_config
 from megatron_reheat.errors import ConfigError, ReheatError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,8 +80,53 @@ def test_nodes_without_gpus(request_: JobRequest) -> None:
 
 def test_a_container_brings_its_own_python(request_: JobRequest) -> None:
     job = make_job(replace(request_, venv=None, container="registry/an image:1"))
-    assert "%n.log\" --container-image='registry/an image:1' --container-mounts=\"$PWD:$PWD\"" in job.script
+    assert '%n.log" --container-image=\'registry/an image:1\' --container-mounts="$PWD:$PWD"' in job.script
     assert "python3 -m megatron_reheat.cluster.launch" in job.script and "activate" not in job.script
+
+
+SERVERS = ["rollout.mode=server", "rollout.tensor=2"]
+
+
+def test_rollout_nodes_are_a_second_part(request_: JobRequest) -> None:
+    wanted = replace(request_, partition="gpu", time="24:00:00", rollout_nodes=3, overrides=SERVERS)
+    job = make_job(wanted)
+    node = ["gpus-per-node=8", "exclusive", "mem=0", "partition=gpu", "time=24:00:00"]
+    trainers, servers = job.script.split("#SBATCH hetjob\n")
+    assert directives(Job("", servers)) == ["nodes=3", "ntasks-per-node=1", *node, "requeue"]
+    assert directives(Job("", trainers))[:8] == ["job-name=first", "nodes=2", "ntasks-per-node=1", *node]
+    assert "signal=B:USR1@120" in directives(Job("", trainers))
+    assert "--servers 4" in job.script and "srun --het-group=1" in job.script and "@@" not in job.script
+    assert "--servers 1 " in make_job(replace(wanted, servers_per_node=1)).script
+    assert "--servers 1 " in make_job(replace(wanted, cpu_tasks=2)).script
+    assert job.script.index("srun --het-group=1") < job.script.index("cluster.launch") < job.script.index("scancel --")
+
+
+def test_the_trainer_is_told_of_every_server(request_: JobRequest, tmp_path: Path) -> None:
+    """What bash makes of the lines before the trainer starts, read back as the run reads it."""
+    script = make_job(replace(request_, rollout_nodes=2, servers_per_node=2, overrides=SERVERS)).script
+    start = script.index("servers=''")
+    lines = script[start : script.index("srun --het", start)] + script[script.index("run+=") :].partition("\n")[0]
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$1 $2 $3" = "show hostnames gpu-[7,9]" ] && echo gpu-7 gpu-9\n')
+    scontrol.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-uc", f'run=({request_.config})\nport=20007\n{lines}\nprintf "%s\\0" "${{run[@]}}"'],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST_HET_GROUP_1": "gpu-[7,9]"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    path, override = done.stdout.split("\0")[:-1]
+    assert load_config(path, [*SERVERS, override]).rollout.servers == (
+        "http://gpu-7:20008", "http://gpu-7:20009", "http://gpu-9:20008", "http://gpu-9:20009",
+    )  # fmt: skip
+
+
+def test_running_servers_need_no_nodes(request_: JobRequest) -> None:
+    overrides = ["rollout.mode=server", "rollout.servers=[http://elsewhere:8300]"]
+    with_servers = make_job(replace(request_, overrides=overrides)).script
+    alone = make_job(request_).script
+    assert with_servers.replace(" " + shlex.join(overrides), "") == alone
 
 
 @pytest.mark.parametrize(
@@ -116,6 +162,23 @@ def test_arms_and_seeds_make_an_array(request_: JobRequest) -> None:
         ({"nodes": 0}, ["--nodes 0", "at least 1"]),
         ({"cpu_tasks": 0}, ["--cpu-tasks 0", "at least 1"]),
         ({"notice_s": 70000}, ["--requeue-signal-s 70000", "65535"]),
+        ({"overrides": SERVERS}, ["rollout.mode=server needs --rollout-nodes", "rollout.servers"]),
+        ({"rollout_nodes": 1}, ["--rollout-nodes 1 needs rollout.mode=server", "embedded"]),
+        ({"rollout_nodes": 0, "overrides": SERVERS}, ["--rollout-nodes 0", "at least 1"]),
+        ({"servers_per_node": 2}, ["--servers-per-node needs --rollout-nodes"]),
+        (
+            {"rollout_nodes": 1, "servers_per_node": 5, "overrides": SERVERS},
+            ["--servers-per-node 5 x rollout.tensor 2 need 10 GPUs", "has 8 (--gpus-per-node)"],
+        ),
+        (
+            {"rollout_nodes": 1, "gpus_per_node": 2, "overrides": ["rollout.mode=server", "rollout.tensor=4"]},
+            ["rollout.tensor 4", "has 2 (--gpus-per-node)"],
+        ),
+        (
+            {"rollout_nodes": 1, "overrides": [*SERVERS, "rollout.servers=[http://elsewhere:8300]"]},
+            ["--rollout-nodes", "leave rollout.servers empty"],
+        ),
+        ({"rollout_nodes": 1, "overrides": SERVERS, "seeds": [0, 1]}, ["--rollout-nodes", "no arrays", "--seeds"]),
         ({"seeds": [1, 1]}, ["--seeds", "twice"]),
         ({"overrides": ["run.nam=x"]}, ["run.nam", "did you mean 'name'"]),
         ({"config": Path("gone.yaml")}, ["no such config file", "gone.yaml"]),
@@ -144,6 +207,14 @@ def test_a_wrong_template_is_named(request_: JobRequest, tmp_path: Path, text: s
     with pytest.raises(ConfigError, match=r"site\.template") as error:
         make_job(replace(request_, template=template))
     assert word in str(error.value)
+
+
+def test_a_template_without_a_place_for_the_servers_is_refused(request_: JobRequest, tmp_path: Path) -> None:
+    template = tmp_path / "site.template"
+    template.write_text(TEMPLATE.read_text().replace("@@{end_servers}", ""))
+    make_job(replace(request_, template=template))
+    with pytest.raises(ConfigError, match=r"site\.template has no @@\{end_servers\}"):
+        make_job(replace(request_, template=template, rollout_nodes=1, overrides=SERVERS))
 
 
 def test_an_edited_script_is_kept(tmp_path: Path) -> None:
@@ -189,7 +260,8 @@ def test_the_examples_are_what_the_command_prints(path: Path, monkeypatch: pytes
 
 
 def test_there_are_examples_and_a_template() -> None:
-    assert {p.name for p in (ROOT / "scripts" / "slurm").iterdir()} == {"single_node.sbatch", "multi_node.sbatch"}
+    names = {p.name for p in (ROOT / "scripts" / "slurm").iterdir()}
+    assert names == {"single_node.sbatch", "multi_node.sbatch", "rollout_nodes.sbatch"}
     assert TEMPLATE.is_file() and '"*.template"' in (ROOT / "setup.py").read_text()
 
 
