@@ -56,7 +56,7 @@ def serve(config: Config, *, host: str, port: int, servers: int | None = None, l
     except OSError as error:
         raise ConfigError(f"{logs} cannot be made: {error.strerror}; change --log-folder") from None
     name = socket.gethostname()
-    stop = _stop_on_signals()
+    stop = stop_on_signals()
     running: dict[str, ServerProcess] = {}
     try:
         for number, gpus in enumerate(shares, start=port):
@@ -156,9 +156,10 @@ def _address(host: str, for_any: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _stop_on_signals() -> threading.Event:
+def stop_on_signals() -> threading.Event:
+    """Is set by SIGINT, and by SIGTERM unless that was ignored before."""
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGINT, signal.SIGTERM):
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: stop.set())
     return stop

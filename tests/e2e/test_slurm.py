@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,32 +23,45 @@ from tests.e2e import runs
 TOTAL = 13  # 6 warm-start and 7 other steps
 
 STAND_INS = {
-    # starts the script as job 7 and returns at once; its output is in job.log, its process id in job.pid
+    # starts the script as job JOB_ID and returns at once; its output is in job.log, its process id in job.pid
     "sbatch": """
 script=$1
 name=$(sed -n 's/^#SBATCH --job-name=//p' "$script")
-nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$script")
+nodes=($(sed -n 's/^#SBATCH --nodes=//p' "$script"))
 cp "$script" "$STAND_IN/script"
-SLURM_JOB_ID=7 SLURM_JOB_NAME=$name SLURM_NNODES=$nodes SLURM_JOB_NODELIST=localhost \\
+if grep -q '^#SBATCH hetjob' "$script"; then
+    export SLURM_JOB_ID_HET_GROUP_1=$((JOB_ID + 1)) SLURM_JOB_NUM_NODES_HET_GROUP_1=${nodes[1]}
+    export SLURM_JOB_NODELIST_HET_GROUP_1=localhost
+fi
+SLURM_JOB_ID=$JOB_ID SLURM_JOB_NAME=$name SLURM_NNODES=${nodes[0]} SLURM_JOB_NODELIST=localhost \\
     setsid bash "$STAND_IN/script" >>"$STAND_IN/job.log" 2>&1 &
 echo $! >"$STAND_IN/job.pid"
-echo "Submitted batch job 7"
+echo "Submitted batch job $JOB_ID"
 """,
     # one process a node, all on this machine; signals go on to every process of the step, which is the harsher of Slurm's
-    # two ways (proctrack/linuxproc; with cgroups only the tasks themselves get them)
+    # two ways (proctrack/linuxproc; with cgroups only the tasks themselves get them). Where there is a trainer.py, it takes the
+    # trainer's place.
     "srun": """
+nodes=$SLURM_NNODES group=0
 while [[ $1 == --* ]]; do
     [[ $1 == --output=* ]] && output=${1#--output=}
+    [[ $1 == --het-group=1 ]] && nodes=$SLURM_JOB_NUM_NODES_HET_GROUP_1 group=1
     shift
 done
+if [[ $group == 0 && -e $STAND_IN/trainer.py ]]; then
+    python=$1
+    while [[ $1 != train ]]; do shift; done
+    set -- "$python" "$STAND_IN/trainer.py" "${@:2}"
+fi
 tasks=()
 tree() { local pid; for pid in $(ps -o pid= --ppid "$1"); do tree "$pid"; echo "$pid"; done; }
 pass_on() { kill -"$1" $(tree $$) 2>/dev/null; }
 trap 'pass_on USR1' USR1
-for ((node = 0; node < SLURM_NNODES; node++)); do
+for ((node = 0; node < nodes; node++)); do
     SLURM_NODEID=$node "$@" >>"${output/\\%n/$node}" 2>&1 &
     tasks+=($!)
 done
+echo "${tasks[@]}" >"$STAND_IN/group-$group"
 worst=0 running=${#tasks[@]}
 while ((running > 0)); do
     unset finished
@@ -71,7 +85,37 @@ case $1 in
     *) exit 1 ;;
 esac
 """,
+    "scancel": """
+[[ $1 == --signal=INT && $2 == $SLURM_JOB_ID_HET_GROUP_1 ]] && kill -INT $(<"$STAND_IN/group-1")
+""",
 }
+
+# is told of the servers, uses them until the notice and after it, and fails when it was started again
+TRAINER = """
+import os, signal, sys, time, urllib.request
+from pathlib import Path
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+from megatron_reheat.config import load_config
+
+servers = load_config(sys.argv[1], sys.argv[2:]).rollout.servers
+def are_healthy():
+    try:
+        return all(urllib.request.urlopen(server + "/health", timeout=20).status == 200 for server in servers)
+    except OSError:
+        return False
+
+if "SLURM_RESTART_COUNT" in os.environ:
+    output = Path(os.environ["STAND_IN"]) / "logs" / (os.environ["SLURM_JOB_NAME"] + "-" + os.environ["SLURM_JOB_ID"])
+    while (output / "rollout-0.log").read_text().count(" on CPU, log") < 2:
+        time.sleep(0.1)
+    sys.exit(3)
+while not are_healthy():
+    time.sleep(0.2)
+print("healthy:", *servers, flush=True)
+signal.sigwait({signal.SIGUSR1})
+time.sleep(1)
+sys.exit(85 if are_healthy() else "the notice ended the servers")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +137,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
     for name, body in STAND_INS.items():
         (folder / name).write_text("#!/bin/bash\n" + body)
         (folder / name).chmod(0o755)
-    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "STAND_IN": str(tmp_path)}
+    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "STAND_IN": str(tmp_path), "JOB_ID": "7"}
 
 
 def test_a_batch_job_is_preempted_requeued_and_finishes(root: Path, tmp_path: Path, cluster: dict[str, str]) -> None:
@@ -155,14 +199,47 @@ def test_a_failing_run_is_not_requeued(root: Path, tmp_path: Path, cluster: dict
     assert "/nowhere/model" in output and output.count("error:") == 1 and "Traceback" not in output
 
 
-def submit(root: Path, folder: Path, cluster: dict[str, str], *overrides: str) -> None:
-    size = ("--nodes", "2", "--cpu-tasks", "1", "--logs", str(folder / "logs"))
-    result = runs.reheat("slurm", str(root / "recipe.yaml"), *overrides, *size, timeout_s=60, **cluster)
-    assert result.returncode == 0 and "Submitted batch job 7" in result.stdout, result.stderr
+def test_servers_on_nodes_of_their_own_live_as_long_as_the_trainer(
+    root: Path, tmp_path: Path, cluster: dict[str, str]
+) -> None:
+    """The servers are real; only the trainer is a few lines."""
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    cluster["JOB_ID"] = job = str(os.getpid())  # the ports follow from it
+    url = f"http://localhost:{20000 + int(job) % 12000 + 1}"
+    output = tmp_path / "logs" / f"run-{job}"
+    submit(root, tmp_path, cluster, "rollout.mode=server", size="--nodes 1 --cpu-tasks 2 --rollout-nodes 1")
+    try:
+        wait_for(lambda: f"healthy: {url}\n" in text_of(output / "node-0.log"), tmp_path)
+        servers = psutil.Process(int((tmp_path / "group-1").read_text())).children(recursive=True)
+        os.kill(job_pid(tmp_path), signal.SIGUSR1)
+        wait_for(lambda: text_of(tmp_path / "job.log").count("run ended with status") == 2, tmp_path)
+        assert len(servers) >= 2 and not any(process.is_running() for process in servers)
+    finally:
+        end_job(tmp_path)
+    statuses = re.findall(r"ended with status (\d+)", text_of(tmp_path / "job.log"))
+    assert statuses == [str(REQUEUE_EXIT_CODE), "3"]
+    assert (tmp_path / "requeued").read_text() == f"{job}\n"
+    printed = text_of(output / "rollout-0.log")
+    assert printed.count(" ready after ") == 1 and printed.count("servers ended") == 2 and "Traceback" not in printed
+    assert [path.name for path in output.glob("vllm-*.log")] == [
+        f"vllm-{socket.gethostname()}-{url.rpartition(':')[2]}.log"
+    ]
+
+
+def submit(
+    root: Path, folder: Path, cluster: dict[str, str], *overrides: str, size: str = "--nodes 2 --cpu-tasks 1"
+) -> None:
+    options = (*size.split(), "--logs", str(folder / "logs"))
+    result = runs.reheat("slurm", str(root / "recipe.yaml"), *overrides, *options, timeout_s=60, **cluster)
+    assert result.returncode == 0 and f"Submitted batch job {cluster['JOB_ID']}" in result.stdout, result.stderr
 
 
 def trained(run: Path) -> list[dict]:
     return [s for s in runs.steps_of(run) if s["stage"] != "sft"]
+
+
+def text_of(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 def job_pid(folder: Path) -> int:

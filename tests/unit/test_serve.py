@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 
 from megatron_reheat.config import load_config
 from megatron_reheat.errors import ConfigError
-from megatron_reheat.rollout.serve import check_ports, divide_gpus, serve, visible_gpus
+from megatron_reheat.rollout.serve import check_ports, divide_gpus, serve, stop_on_signals, visible_gpus
 from tests.tiny_models import save_tiny_model
 
 
@@ -86,6 +88,22 @@ def test_a_log_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     path = recipe(tmp_path)
     with pytest.raises(ConfigError, match=r"recipe\.yaml/below cannot be made: .*; change --log-folder"):
         serve(load_config(path), host="127.0.0.1", port=free_port(), log_folder=path / "below")
+
+
+@pytest.mark.parametrize(("before", "ends"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_an_ignored_sigterm_stays_ignored(before: signal.Handlers, ends: bool) -> None:
+    """Slurm's scancel signals the servers' nodes too, and the trainer is not done with them."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        signal.signal(signal.SIGTERM, before)
+        stop = stop_on_signals()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(0.1) == ends
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.wait(5)
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def recipe(folder: Path) -> Path:

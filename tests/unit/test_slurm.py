@@ -95,7 +95,7 @@ def test_rollout_nodes_are_a_second_part(request_: JobRequest) -> None:
     assert directives(Job("", servers)) == ["nodes=3", "ntasks-per-node=1", *node, "requeue"]
     assert directives(Job("", trainers))[:8] == ["job-name=first", "nodes=2", "ntasks-per-node=1", *node]
     assert "signal=B:USR1@120" in directives(Job("", trainers))
-    assert "--servers 4" in job.script and "srun --het-group=1" in job.script and "@@" not in job.script
+    assert "--servers 4" in job.script and 'trap "" TERM; exec' in job.script and "@@" not in job.script
     assert "--servers 1 " in make_job(replace(wanted, servers_per_node=1)).script
     assert "--servers 1 " in make_job(replace(wanted, cpu_tasks=2)).script
     assert job.script.index("srun --het-group=1") < job.script.index("cluster.launch") < job.script.index("scancel --")
