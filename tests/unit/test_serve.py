@@ -12,6 +12,7 @@ import torch
 
 from megatron_reheat.config import load_config
 from megatron_reheat.errors import ConfigError
+from megatron_reheat.rollout.log_tail import log_tail
 from megatron_reheat.rollout.serve import check_ports, divide_gpus, serve, stop_on_signals, visible_gpus
 from tests.tiny_models import save_tiny_model
 
@@ -88,6 +89,17 @@ def test_a_log_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     path = recipe(tmp_path)
     with pytest.raises(ConfigError, match=r"recipe\.yaml/below cannot be made: .*; change --log-folder"):
         serve(load_config(path), host="127.0.0.1", port=free_port(), log_folder=path / "below")
+
+
+def test_the_tail_of_a_log_is_the_reason_of_the_end(tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    leaks = "nanobind: leaked 514 functions!\n" + ' - leaked function "a"\n' * 30 + " - ... skipped remainder\n"
+    log.write_text(
+        "another start's\n" + "INFO\n" * 9 + "EngineDeadError: it died\n" + leaks + "See https://nanobind.x\n"
+    )
+    tail = log_tail(log, len("another start's\n"))
+    assert tail == f"; last lines of {log}:\n" + "  INFO\n" * 7 + "  EngineDeadError: it died"
+    assert log_tail(log, log.stat().st_size) == f"; last lines of {log}:\n"
 
 
 @pytest.mark.parametrize(("before", "ends"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
