@@ -29,9 +29,10 @@ serving=$!
 run+=("rollout.servers=[$servers]")
 """,
     "end_servers": """
-# SIGINT ends the servers in order, where srun would kill them; Slurm ends what is left with the job.
-scancel --signal=INT "$SLURM_JOB_ID_HET_GROUP_1"
-for ((s = 0; s < @@{grace_s}; s++)); do kill -0 "$serving" 2>/dev/null || break; sleep 1; done
+# SIGINT ends the servers in order, where srun would kill them; what is left, and a cancelled job's servers, Slurm ends.
+if [ -z "$cancelled" ] && scancel --signal=INT "$SLURM_JOB_ID_HET_GROUP_1"; then
+    for ((s = 0; s < @@{grace_s}; s++)); do kill -0 "$serving" 2>/dev/null || break; sleep 1; done
+fi
 """,
 }
 
