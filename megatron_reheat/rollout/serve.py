@@ -159,7 +159,8 @@ def _address(host: str, for_any: str) -> str:
 def stop_on_signals() -> threading.Event:
     """Is set by SIGINT, and by SIGTERM unless that was ignored before."""
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda *_: stop.set())
+    ignored = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
+    # a handler even where it is ignored: the servers would inherit that, and they are ended by SIGTERM
+    signal.signal(signal.SIGTERM, lambda *_: None if ignored else stop.set())
     return stop

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,10 @@ def test_an_ignored_sigterm_stays_ignored(before: signal.Handlers, ends: bool) -
     try:
         signal.signal(signal.SIGTERM, before)
         stop = stop_on_signals()
+        # but not by the servers, which are ended by it
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        child.terminate()
+        assert child.wait(60) == -signal.SIGTERM
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.wait(0.1) == ends
         os.kill(os.getpid(), signal.SIGINT)
