@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,20 @@ from torch import Tensor
 from tests.reference import LOGIT_CASES, TEMPERATURES, dense_kl, dense_logprobs, make_logits, relative_error
 
 
-def vocab_parallel(num_tokens: int, vocab_size: int) -> dict[str, Any]:
-    """Losses on sharded logits at TP = 1, 2 and 4 against the dense reference, in one job of four ranks."""
+def vocab_parallel(num_tokens: int, vocab_sizes: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """Losses on sharded logits at TP = 1, 2 and 4 against the dense reference, in one job of four ranks, by vocabulary."""
     dist.init_process_group("gloo")
-    rank, errors, values = dist.get_rank(), {}, {}
+    rank = dist.get_rank()
+    results: dict[int, dict[str, Any]] = {size: {"errors": {}, "values": {}} for size in vocab_sizes}
     for tensor_size in (1, 2, 4):
         groups = [dist.new_group(list(range(i, i + tensor_size))) for i in range(0, 4, tensor_size)]
         group, shard = groups[rank // tensor_size], rank % tensor_size
-        for case in LOGIT_CASES:
-            for dtype in (torch.float32, torch.bfloat16):
-                dense = make_logits(case, num_tokens, vocab_size).to(dtype)
-                key = (tensor_size, case, str(dtype))
-                errors[key], values[key] = _vocab_parallel_errors(dense, group, shard, tensor_size, vocab_size)
-    return {"errors": errors, "values": values}
+        for vocab_size, case, dtype in product(vocab_sizes, LOGIT_CASES, (torch.float32, torch.bfloat16)):
+            dense = make_logits(case, num_tokens, vocab_size).to(dtype)
+            errors, values = _vocab_parallel_errors(dense, group, shard, tensor_size, vocab_size)
+            key = (tensor_size, case, str(dtype))
+            results[vocab_size]["errors"][key], results[vocab_size]["values"][key] = errors, values
+    return results
 
 
 def _vocab_parallel_errors(
@@ -147,9 +149,9 @@ def _all_logits(engine: Any, batch: Any) -> dict[int, Tensor]:
     return found
 
 
-def train_five_steps(folder: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Five steps (GRPO, reheating and cross-entropy mixed) per layout; losses and final weights."""
-    return [_train_five_steps(folder, **run) for run in runs]
+def train_five_steps(runs: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Five steps (GRPO, reheating and cross-entropy mixed) per model and layout; losses and final weights."""
+    return [_train_five_steps(folder, **layout) for folder, layout in runs]
 
 
 def _train_five_steps(folder: Path, **layout: Any) -> dict[str, Any]:
@@ -205,8 +207,12 @@ def checkpoint_round_trip(folder: Path, checkpoints: Path, save: dict[str, Any],
     return {"expected": expected, "resumed": resumed}
 
 
-def non_finite_updates(folder: Path, **layout: Any) -> dict[str, Any]:
+def non_finite_updates(folder: Path, layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """An update whose loss is NaN on one sequence, and one that is refused by `accept`: weights must not move."""
+    return [_non_finite_updates(folder, **layout) for layout in layouts]
+
+
+def _non_finite_updates(folder: Path, **layout: Any) -> dict[str, Any]:
     from megatron_reheat.losses.reheat import sft_loss
 
     def poisoned(vocab: Any, micro: Any) -> Any:
@@ -237,8 +243,12 @@ def non_finite_updates(folder: Path, **layout: Any) -> dict[str, Any]:
         }
 
 
-def sampler_agreement(folder: Path, log_folder: Path, **layout: Any) -> list[dict[str, Any]]:
+def sampler_agreement(folder: Path, log_folder: Path, layouts: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Greedy vLLM samples after each of two weight syncs, against the trainer's own argmax and log-probabilities."""
+    return [_sampler_agreement(folder, log_folder, **layout) for layout in layouts]
+
+
+def _sampler_agreement(folder: Path, log_folder: Path, **layout: Any) -> list[dict[str, Any]]:
     from megatron_reheat.losses.reheat import sft_loss
     from megatron_reheat.rollout.embedded import EmbeddedEngine
     from megatron_reheat.rollout.weight_sync import WeightSync
@@ -249,7 +259,7 @@ def sampler_agreement(folder: Path, log_folder: Path, **layout: Any) -> list[dic
         config = engine.config.rollout.model_copy(
             update={"max_model_len": 64, "enforce_eager": True, "kv_cache_mb": 32, "threads": 1}
         )
-        log_file = log_folder / f"vllm-{engine.topology.rank}.log"
+        log_file = log_folder / ("-".join(["vllm", *layout, str(engine.topology.rank)]) + ".log")
         sampler = EmbeddedEngine(str(folder), config, dtype="float32", log_file=log_file) if leader else None
         sync = WeightSync(sampler, config)
         prompts = [list(range(2 + i, 8 + 2 * i)) for i in range(5)]

@@ -9,6 +9,7 @@ from tests.distributed.launch import launch
 from tests.tiny_models import save_tiny_model
 
 LOADS = [{"data": 2}, {"tensor": 2}, {"pipeline": 2}]
+LAYOUTS = [{"tensor": 2}, {"pipeline": 2}, {"data": 2}, {"data": 2, "dtype": "bfloat16"}]
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +69,16 @@ def test_damage_is_named(round_trip):
     assert verify_checkpoint(checkpoint) is None
 
 
-@pytest.mark.parametrize(
-    "layout", [{"tensor": 2}, {"pipeline": 2}, {"data": 2}, {"data": 2, "dtype": "bfloat16"}], ids=str
-)
-def test_non_finite_and_refused_updates_leave_the_weights_alone(folder, tmp_path, layout):
-    for result in launch("non_finite_updates", 2, tmp_path, folder=folder, **layout):
+@pytest.fixture(scope="module")
+def updates(folder, tmp_path_factory):
+    """One list a rank: what its updates did under each of LAYOUTS."""
+    return launch("non_finite_updates", 2, tmp_path_factory.mktemp("updates"), folder=folder, layouts=LAYOUTS)
+
+
+@pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=lambda index: str(LAYOUTS[index]))
+def test_non_finite_and_refused_updates_leave_the_weights_alone(updates, index):
+    for rank in updates:
+        result = rank[index]
         assert result["bad"] == (False, False)
         assert result["refused"] == (False, True)
         assert result["good"] == (True, True)

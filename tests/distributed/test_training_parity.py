@@ -34,23 +34,34 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module", params=["qwen3_tied", "qwen3_untied"])
-def family(request, tmp_path_factory):
-    root = tmp_path_factory.mktemp(request.param)
-    folder = save_tiny_model(request.param, root / "model")
-    (reference,) = launch("train_five_steps", 1, root, folder=folder, runs=[{}, *RUNS[1]])
-    return root, folder, reference[0], reference[1:]
+FAMILIES = ("qwen3_tied", "qwen3_untied")
+# trained along with RUNS, but of another aggregation
+REFERENCE, ALONE, SPLIT = {}, {"aggregation": "sequence_mean"}, {"aggregation": "sequence_mean", "data": 2}
+OTHERS = {1: [REFERENCE, ALONE], 2: [SPLIT], 4: []}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(family, world size) -> the results of OTHERS, then of RUNS; one job a world size, as a start costs more than a run."""
+    root = tmp_path_factory.mktemp("training")
+    folders = {family: save_tiny_model(family, root / family) for family in FAMILIES}
+    results = {}
+    for world_size, layouts in RUNS.items():
+        layouts = [*OTHERS[world_size], *layouts]
+        runs = [(folder, layout) for folder in folders.values() for layout in layouts]
+        first_rank = launch("train_five_steps", world_size, root, timeout_s=480.0, runs=runs)[0]
+        for index, family in enumerate(FAMILIES):
+            results[family, world_size] = first_rank[index * len(layouts) : (index + 1) * len(layouts)]
+    return results
 
 
 @pytest.mark.parametrize("world_size", RUNS)
-def test_training_does_not_depend_on_the_layout(family, world_size):
-    root, folder, reference, single = family
-    runs = (
-        single
-        if world_size == 1
-        else launch("train_five_steps", world_size, root, folder=folder, runs=RUNS[world_size])[0]
-    )
-    assert len(runs) == len(RUNS[world_size])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_does_not_depend_on_the_layout(trained, family, world_size):
+    reference = trained[family, 1][0]
+    assert reference["layout"] == REFERENCE
+    runs = trained[family, world_size][len(OTHERS[world_size]) :]
+    assert [run["layout"] for run in runs] == RUNS[world_size]
     for run in runs:
         for step, (metrics, expected) in enumerate(zip(run["metrics"], reference["metrics"], strict=True)):
             assert set(metrics) == set(expected)
@@ -63,13 +74,11 @@ def test_training_does_not_depend_on_the_layout(family, world_size):
             assert error <= 1e-5, (run["layout"], name, error)
 
 
-def test_sequence_mean_differs_from_token_mean_and_agrees_across_data_parallelism(family, tmp_path):
-    _, folder, reference, _ = family
-    (alone,) = launch("train_five_steps", 1, tmp_path, folder=folder, runs=[{"aggregation": "sequence_mean"}])
-    split = launch("train_five_steps", 2, tmp_path, folder=folder, runs=[{"aggregation": "sequence_mean", "data": 2}])[
-        0
-    ]
-    loss = next(metrics.get("policy/loss") for metrics in alone[0]["metrics"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequence_mean_differs_from_token_mean_and_agrees_across_data_parallelism(trained, family):
+    reference, alone, split = *trained[family, 1][:2], trained[family, 2][0]
+    assert (alone["layout"], split["layout"]) == (ALONE, SPLIT)
+    loss = next(metrics.get("policy/loss") for metrics in alone["metrics"])
     assert loss != pytest.approx(reference["metrics"][0]["policy/loss"], rel=1e-3)
-    assert split[0]["metrics"][0]["policy/loss"] == pytest.approx(loss, rel=1e-5)
-    assert split[0]["metrics"][4]["sft/loss"] == pytest.approx(alone[0]["metrics"][4]["sft/loss"], rel=1e-5)
+    assert split["metrics"][0]["policy/loss"] == pytest.approx(loss, rel=1e-5)
+    assert split["metrics"][4]["sft/loss"] == pytest.approx(alone["metrics"][4]["sft/loss"], rel=1e-5)

@@ -12,9 +12,14 @@ GRADIENT_TOLERANCE = {"torch.float32": 1e-5, "torch.bfloat16": 4e-3}
 VOCAB_SIZES = (101, 5)
 
 
-@pytest.fixture(scope="module", params=VOCAB_SIZES)
-def ranks(request, tmp_path_factory):
-    return launch("vocab_parallel", 4, tmp_path_factory.mktemp("vocab"), num_tokens=7, vocab_size=request.param)
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    return launch("vocab_parallel", 4, tmp_path_factory.mktemp("vocab"), num_tokens=7, vocab_sizes=VOCAB_SIZES)
+
+
+@pytest.fixture(params=VOCAB_SIZES)
+def ranks(request, job):
+    return [rank[request.param] for rank in job]
 
 
 def test_values_and_gradients_match_the_dense_reference(ranks):
