@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ EVERY_STAGE = {
     "max_reheat_steps": 2,
     "cooldown_steps": 50,
 }
+STAGES = ["rlvr", "rlvr", "reheat", "reheat", "reheat", "rlvr", "rlvr"]  # of the 7 steps after the warm start
 
 
 def make_model_folder(folder: Path, seed: int = 0) -> Path:
@@ -114,6 +116,16 @@ def kill(process: subprocess.Popen[str]) -> None:
     """What a node failure does: every process of the run is gone at once, and none is left holding its output open."""
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=30)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 180.0) -> None:
+    """Returns once the condition holds; a run that ends before, or a timeout, fails the test."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if process.poll() is not None:
+            raise AssertionError(f"the run ended early: {process.stderr.read()[-3000:]}")
+        assert time.monotonic() < deadline, "the run did not get there in time"
+        time.sleep(0.05)
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:

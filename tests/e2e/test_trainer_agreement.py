@@ -5,17 +5,36 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed.launch import launch
+from tests.e2e import runs
 from tests.tiny_models import save_tiny_model
 
 
-@pytest.mark.parametrize(("world_size", "layout"), [(1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2})], ids=str)
-def test_greedy_tokens_and_logprobs_equal_the_trainers(tmp_path, world_size, layout):
+@pytest.mark.parametrize(("world_size", "layouts"), [(1, [{}]), (2, [{"tensor": 2}, {"pipeline": 2}])], ids=str)
+def test_greedy_tokens_and_logprobs_equal_the_trainers(tmp_path, world_size, layouts):
     folder = save_tiny_model("qwen3_tied", tmp_path / "model")
-    ranks = launch("sampler_agreement", world_size, tmp_path, folder=folder, log_folder=tmp_path, **layout)
-    for rank in ranks:
-        assert [r["versions"] for r in rank] == [{1}, {2}]
-        for result in rank:
-            assert all(result["argmax_equal"])
-            assert result["logprob_gap"] <= 1e-3
-        assert rank[0]["tokens"] != rank[1]["tokens"]  # the second sync changed the policy
-    assert any(result["argmax_equal"] for rank in ranks for result in rank)  # compared on a last stage at least once
+    ranks = launch("sampler_agreement", world_size, tmp_path, folder=folder, log_folder=tmp_path, layouts=layouts)
+    assert all(len(rank) == len(layouts) for rank in ranks)
+    for of_layout in zip(*ranks, strict=True):
+        for results in of_layout:
+            assert [r["versions"] for r in results] == [{1}, {2}]
+            for result in results:
+                assert all(result["argmax_equal"])
+                assert result["logprob_gap"] <= 1e-3
+            assert results[0]["tokens"] != results[1]["tokens"]  # the second sync changed the policy
+        # compared on a last stage at least once
+        assert any(result["argmax_equal"] for results in of_layout for result in results)
+
+
+@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+def test_other_layouts_train_the_same_policy(tmp_path, layout):
+    """vLLM samples from the weights a TP=2 or PP=2 trainer exports, and both agree on every sampled token."""
+    config = runs.write_recipe(
+        runs.recipe(runs.make_model_folder(tmp_path / "model"), tmp_path), tmp_path / "recipe.yaml"
+    )
+    other = ["parallel.data=1", f"parallel.{layout}=2", f"run.name={layout}", "run.steps=3", "eval.data="]
+    launcher = runs.torchrun if layout == "tensor" else runs.reheat  # both ways of starting it
+    result = launcher("train", str(config), *other)
+    assert result.returncode == 0, result.stderr[-3000:]
+    steps = [s for s in runs.steps_of(tmp_path / layout) if s["stage"] != "sft"]
+    assert [s["stage"] for s in steps] == runs.STAGES[:3]
+    assert all(s["rollout/mismatch_abs_max"] <= 1e-3 for s in steps)
