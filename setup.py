@@ -44,7 +44,7 @@ setup(
         # NVIDIA Apex is optional, speeds up the fused optimizer and norms, and comes from its own source tree:
         # `pip install --no-build-isolation .` there, with APEX_CPP_EXT=1 APEX_CUDA_EXT=1.
         "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]"],
-        "dev": ["hypothesis", "mypy", "pytest", "ruff", "triton", "types-PyYAML", "wandb"],
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "triton", "types-PyYAML", "wandb"],
     },
     entry_points={
         "console_scripts": ["reheat=megatron_reheat.cli:main"],
