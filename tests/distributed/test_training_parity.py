@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 
 from tests.distributed.launch import launch
@@ -32,8 +34,6 @@ RUNS = {
         {"pipeline": 2, "data": 2},
     ],
 }
-
-
 FAMILIES = ("qwen3_tied", "qwen3_untied")
 # trained along with RUNS, but of another aggregation
 REFERENCE, ALONE, SPLIT = {}, {"aggregation": "sequence_mean"}, {"aggregation": "sequence_mean", "data": 2}
@@ -42,25 +42,27 @@ OTHERS = {1: [REFERENCE, ALONE], 2: [SPLIT], 4: []}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(family, world size) -> the results of OTHERS, then of RUNS; one job a world size, as a start costs more than a run."""
+    """world size -> family -> the results of OTHERS, then of RUNS; one job a world size, as a start costs more than a run."""
     root = tmp_path_factory.mktemp("training")
     folders = {family: save_tiny_model(family, root / family) for family in FAMILIES}
-    results = {}
-    for world_size, layouts in RUNS.items():
-        layouts = [*OTHERS[world_size], *layouts]
+
+    @cache
+    def train(world_size):
+        layouts = [*OTHERS[world_size], *RUNS[world_size]]
         runs = [(folder, layout) for folder in folders.values() for layout in layouts]
-        first_rank = launch("train_five_steps", world_size, root, timeout_s=480.0, runs=runs)[0]
-        for index, family in enumerate(FAMILIES):
-            results[family, world_size] = first_rank[index * len(layouts) : (index + 1) * len(layouts)]
-    return results
+        scratch = tmp_path_factory.mktemp("job")
+        results = launch("train_five_steps", world_size, scratch, timeout_s=480.0, runs=runs)[0]
+        return dict(zip(FAMILIES, (results[: len(layouts)], results[len(layouts) :]), strict=True))
+
+    return train
 
 
 @pytest.mark.parametrize("world_size", RUNS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_does_not_depend_on_the_layout(trained, family, world_size):
-    reference = trained[family, 1][0]
+    reference = trained(1)[family][0]
     assert reference["layout"] == REFERENCE
-    runs = trained[family, world_size][len(OTHERS[world_size]) :]
+    runs = trained(world_size)[family][len(OTHERS[world_size]) :]
     assert [run["layout"] for run in runs] == RUNS[world_size]
     for run in runs:
         for step, (metrics, expected) in enumerate(zip(run["metrics"], reference["metrics"], strict=True)):
@@ -76,7 +78,7 @@ def test_training_does_not_depend_on_the_layout(trained, family, world_size):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sequence_mean_differs_from_token_mean_and_agrees_across_data_parallelism(trained, family):
-    reference, alone, split = *trained[family, 1][:2], trained[family, 2][0]
+    reference, alone, split = *trained(1)[family][:2], trained(2)[family][0]
     assert (alone["layout"], split["layout"]) == (ALONE, SPLIT)
     loss = next(metrics.get("policy/loss") for metrics in alone["metrics"])
     assert loss != pytest.approx(reference["metrics"][0]["policy/loss"], rel=1e-3)
