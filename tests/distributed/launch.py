@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def launch(case: str, world_size: int, tmp_path: Path, *, timeout_s: float = 240.0, **arguments: Any) -> list[Any]:
+def launch(case: str, world_size: int, tmp_path: Path, *, timeout_s: float = 480.0, **arguments: Any) -> list[Any]:
     """`cases.<case>(**arguments)` on `world_size` ranks; results in rank order.
 
     A rank that fails ends the others, and its output is shown.

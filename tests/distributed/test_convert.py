@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
         paths = {key: root / f"{name}-{key}" for key in ("start", "run", "round_trip", "out")}
         runs[name] = {"folder": folder, "layout": layout, **paths}
     everything = list(runs.values())
-    ranks = launch("converted_runs", 4, root, timeout_s=480.0, runs=everything)
+    ranks = launch("converted_runs", 4, root, runs=everything)
     for index, run in enumerate(everything):
         run["started_exact"] = [rank["started_exact"][index] for rank in ranks]
         run["message"] = ranks[0]["messages"][index]

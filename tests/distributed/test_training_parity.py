@@ -51,7 +51,7 @@ def trained(tmp_path_factory):
         layouts = [*OTHERS[world_size], *RUNS[world_size]]
         runs = [(folder, layout) for folder in folders.values() for layout in layouts]
         scratch = tmp_path_factory.mktemp("job")
-        results = launch("train_five_steps", world_size, scratch, timeout_s=480.0, runs=runs)[0]
+        results = launch("train_five_steps", world_size, scratch, runs=runs)[0]
         return dict(zip(FAMILIES, (results[: len(layouts)], results[len(layouts) :]), strict=True))
 
     return train
