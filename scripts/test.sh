@@ -33,9 +33,10 @@ if ((failed == 0)); then
     run_stage lint .venv/bin/python -m ruff check .
     run_stage format .venv/bin/python -m ruff format --check .
     run_stage types .venv/bin/python -m mypy
-    # Two files at a time: while one test waits for a process to start, another computes. `-n 0` puts them in one row.
+    # Two files at a time: many tests keep one core busy. `bash scripts/test.sh -n 0` runs them one after another, as does
+    # a .venv/ of other make that lacks pytest-xdist.
     workers=()
-    if .venv/bin/python -c 'import xdist' 2>/dev/null; then workers=(-n 2 --dist loadfile); fi
+    if .venv/bin/python -c 'import xdist' 2>/dev/null; then workers=(-n 2 --dist loadfile --no-loadscope-reorder); fi
     run_stage tests .venv/bin/python -m pytest -rs "${workers[@]}" "$@"
 fi
 

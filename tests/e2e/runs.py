@@ -17,6 +17,7 @@ import yaml
 from examples.countdown_cpu.make_model import make_model, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 400.0  # for what takes half a minute on two idle cores: it only ends a run that hangs
 COUNTDOWN = {
     "source": "reasoning_gym",
     "name": "countdown",
@@ -74,7 +75,7 @@ def write_recipe(tree: dict[str, Any], path: Path) -> Path:
     return path
 
 
-def reheat(*arguments: str, timeout_s: float = 240.0, **environment: str) -> subprocess.CompletedProcess[str]:
+def reheat(*arguments: str, timeout_s: float = LIMIT_S, **environment: str) -> subprocess.CompletedProcess[str]:
     """`reheat ARGUMENTS` in a process group of its own, which is ended on timeout."""
     return _finish(start(*arguments, **environment), arguments, timeout_s)
 
@@ -93,7 +94,7 @@ def _finish(
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc_per_node 2 -m megatron_reheat ARGUMENTS`"""
     launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "megatron_reheat")
-    return _finish(_start(*launcher, *arguments), arguments, 240.0)
+    return _finish(_start(*launcher, *arguments), arguments, LIMIT_S)
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -118,7 +119,7 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate(timeout=30)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 180.0) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = LIMIT_S) -> None:
     """Returns once the condition holds; a run that ends before, or a timeout, fails the test."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -23,7 +23,7 @@ def test_a_dead_engine_is_replaced_and_counted(config):
     try:
         runs.wait_for(lambda: any(s["stage"] == "rlvr" for s in runs.steps_of(revived)), process)
         _kill_one_engine(process)
-        output, errors = process.communicate(timeout=240)
+        output, errors = process.communicate(timeout=runs.LIMIT_S)
     finally:
         if process.poll() is None:
             runs.kill(process)
@@ -40,7 +40,7 @@ def test_an_engine_that_may_not_be_restarted_ends_the_run_with_one_error(config)
     try:
         runs.wait_for(lambda: any(s["stage"] == "rlvr" for s in runs.steps_of(dead)), process)
         _kill_one_engine(process)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=runs.LIMIT_S)
     finally:
         if process.poll() is None:
             runs.kill(process)
