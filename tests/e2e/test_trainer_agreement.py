@@ -27,14 +27,16 @@ def test_greedy_tokens_and_logprobs_equal_the_trainers(tmp_path, world_size, lay
 
 @pytest.mark.parametrize("layout", ["tensor", "pipeline"])
 def test_other_layouts_train_the_same_policy(tmp_path, layout):
-    """vLLM samples from the weights a TP=2 or PP=2 trainer exports, and both agree on every sampled token."""
+    """An engine on each rank samples from the weights a TP=2 or PP=2 trainer exports; all agree on every sampled token."""
     config = runs.write_recipe(
         runs.recipe(runs.make_model_folder(tmp_path / "model"), tmp_path), tmp_path / "recipe.yaml"
     )
     other = ["parallel.data=1", f"parallel.{layout}=2", f"run.name={layout}", "run.steps=3", "eval.data="]
+    other += ["rollout.mode=colocated", "rollout.verify_every=1"]
     launcher = runs.torchrun if layout == "tensor" else runs.reheat  # both ways of starting it
     result = launcher("train", str(config), *other)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "2 engine(s)" in result.stdout
     steps = [s for s in runs.steps_of(tmp_path / layout) if s["stage"] != "sft"]
     assert [s["stage"] for s in steps] == runs.STAGES[:3]
     assert all(s["rollout/mismatch_abs_max"] <= 1e-3 for s in steps)
