@@ -6,12 +6,13 @@ as two nodes of one process each.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -208,6 +209,7 @@ def test_servers_on_nodes_of_their_own_live_as_long_as_the_trainer(
     url = f"http://localhost:{20000 + int(job) % 12000 + 1}"
     output = tmp_path / "logs" / f"run-{job}"
     submit(root, tmp_path, cluster, "rollout.mode=server", size="--nodes 1 --cpu-tasks 2 --rollout-nodes 1")
+    servers: list[psutil.Process] = []
     try:
         wait_for(lambda: f"healthy: {url}\n" in text_of(output / "node-0.log"), tmp_path)
         servers = psutil.Process(int((tmp_path / "group-1").read_text())).children(recursive=True)
@@ -216,6 +218,7 @@ def test_servers_on_nodes_of_their_own_live_as_long_as_the_trainer(
         assert len(servers) >= 2 and not any(process.is_running() for process in servers)
     finally:
         end_job(tmp_path)
+        end(servers)
     statuses = re.findall(r"ended with status (\d+)", text_of(tmp_path / "job.log"))
     assert statuses == [str(REQUEUE_EXIT_CODE), "3"]
     assert (tmp_path / "requeued").read_text() == f"{job}\n"
@@ -259,7 +262,11 @@ def end_job(folder: Path) -> None:
     """Leaves nothing running, whatever the test found."""
     if psutil.pid_exists(job_pid(folder)):
         script = psutil.Process(job_pid(folder))
-        processes = [*script.children(recursive=True), script]
-        for process in processes:
+        end([*script.children(recursive=True), script])
+
+
+def end(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-        psutil.wait_procs(processes, timeout=10)
+    psutil.wait_procs(processes, timeout=10)
