@@ -215,6 +215,9 @@ def test_servers_on_nodes_of_their_own_live_as_long_as_the_trainer(
         servers = psutil.Process(int((tmp_path / "group-1").read_text())).children(recursive=True)
         os.kill(job_pid(tmp_path), signal.SIGUSR1)
         wait_for(lambda: text_of(tmp_path / "job.log").count("run ended with status") == 2, tmp_path)
+        servers += [
+            p for p in psutil.process_iter() if str(root / "model") in command_of(p)
+        ]  # those of the second start
         assert len(servers) >= 2 and not any(process.is_running() for process in servers)
     finally:
         end_job(tmp_path)
@@ -239,6 +242,13 @@ def submit(
 
 def trained(run: Path) -> list[dict]:
     return [s for s in runs.steps_of(run) if s["stage"] != "sft"]
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def text_of(path: Path) -> str:
