@@ -100,7 +100,7 @@ class ServerProcess:
         if self.alive:
             self._process.terminate()
         try:
-            self._process.wait(2 * STOP_GRACE_S)
+            self._process.wait(6 * STOP_GRACE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_reheat.errors import ConfigError
+from megatron_reheat.ports import free_port
 from megatron_reheat.rollout.gloo_group import GlooGroup, make_store
 from megatron_reheat.rollout.packed import aligned, write_tensor
 
@@ -107,8 +108,7 @@ class NcclSender:
     def __init__(self, address: str, num_workers: int) -> None:
         if not torch.cuda.is_available():
             raise ConfigError("weights can be sent over NCCL from a GPU only, and this machine has none")
-        with socket.create_server(("", 0)) as free:
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         self._address, self._world_size = address, 1 + num_workers
         self._communicator: Any = None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from functools import partial
 
@@ -14,6 +13,7 @@ from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.model.provider import read_hf_config
 from megatron_reheat.parallel.seats import engine_seats
 from megatron_reheat.parallel.topology import Topology
+from megatron_reheat.ports import free_port
 from megatron_reheat.rollout.embedded import EmbeddedEngine
 from megatron_reheat.rollout.engine import RolloutEngine
 from megatron_reheat.rollout.fleet import ServerFleet, new_label
@@ -96,8 +96,7 @@ def _server_makers(
     folder = RunFolder(config.run.path)
     makers: dict[str, Callable[[], ServerProcess]] = {}
     for k in range(count):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         gpus = () if on_cpu else range(first_gpu + k * rollout.tensor, first_gpu + (k + 1) * rollout.tensor)
         makers[f"http://127.0.0.1:{port}"] = partial(
             ServerProcess,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_reheat.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,7 +28,7 @@ def launch(case: str, world_size: int, tmp_path: Path, *, timeout_s: float = 480
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
     }
     processes = []
@@ -72,11 +71,3 @@ def _wait(processes: list[subprocess.Popen], timeout_s: float) -> int | None:
         except subprocess.TimeoutExpired:
             waited += 0.2
     return [p.poll() for p in processes].index(None)
-
-
-def _free_port() -> int:
-    """Below the range from which the system takes ports (32768 on), as rank 0 listens there only seconds from now."""
-    while True:
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", random.SystemRandom().randrange(20000, 32768)))
-            return probe.getsockname()[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import ConfigError, EngineDied, WeightSyncError
+from megatron_reheat.ports import free_port
 from megatron_reheat.rollout.embedded import EmbeddedEngine
 from megatron_reheat.rollout.fleet import ServerFleet
 from megatron_reheat.rollout.server_process import ServerProcess, transfer_backend
@@ -45,7 +45,7 @@ class Rig:
         self.hf = AutoConfig.from_pretrained(self.folder)
         self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
         self.processes: dict[str, ServerProcess] = {}
-        self.urls = [f"http://127.0.0.1:{_free_port()}" for _ in range(2)]
+        self.urls = [f"http://127.0.0.1:{free_port()}" for _ in range(2)]
         self.servers = Servers(
             self.urls, {url: self._starter(url, folder) for url in self.urls}, CONFIG, self.hf, transfer_backend(True)
         )
@@ -238,7 +238,7 @@ def test_a_server_of_another_kind_is_refused(rig: Rig, tmp_path: Path) -> None:
 
 def test_a_server_that_is_not_there_is_named() -> None:
     config = CONFIG.model_copy(update={"start_timeout_s": 0.5})
-    servers = Servers([f"http://127.0.0.1:{_free_port()}"], {}, config, None, "any")
+    servers = Servers([f"http://127.0.0.1:{free_port()}"], {}, config, None, "any")
     with pytest.raises(EngineDied, match=r"is not ready after 0\.5 s.*rollout\.servers"):
         servers.wait_ready()
     servers.close()
@@ -267,11 +267,6 @@ def test_a_killed_server_costs_no_sample_and_comes_back_with_the_weights(rig: Ri
     for url in rig.urls:
         rig.assert_agrees(rig.only(url))
     assert not engine_core.is_running()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
 
 
 def _prompts_served(rig: Rig, url: str) -> float:

@@ -44,8 +44,9 @@ def test_two_servers_shared_by_two_replicas_train_the_same_policy(config):
         same = {
             name: value
             for name, value in runs.numbers_of(theirs).items()
-            if name != "event" and not name.startswith(("rollout/mismatch", "rollout/engine_restarts"))
+            if isinstance(value, float) and not name.startswith(("rollout/mismatch", "rollout/engine_restarts"))
         }
+        assert ours["stage"] == theirs["stage"] and len(same) > 10
         assert {name: ours[name] for name in same} == pytest.approx(same, rel=1e-5)
     assert not any(p.is_running() for p in cores)
 
@@ -53,13 +54,14 @@ def test_two_servers_shared_by_two_replicas_train_the_same_policy(config):
 def test_sampling_ahead_is_one_step_off_policy_and_loses_no_prompt(config):
     """The first RL step is on-policy, the others train on what the policy before them sampled, with the same seeds."""
     overlap = ["rollout.overlap=true", "rl.tis_cap=2.0", "parallel.data=1", "controller.action=none"]
+    overlap += ["rl.entropy_coef=1.0"]  # a gradient even where no answer is right
     result = runs.reheat("train", str(config), "run.name=ahead", *overlap, *SERVERS)
     assert result.returncode == 0, result.stderr[-3000:]
     steps = trained_steps(config.parent / "ahead")
     assert [s["rollout/staleness"] for s in steps] == [0.0, 1.0, 1.0, 1.0]
     assert steps[0]["rollout/mismatch_kl"] < 1e-6
     # what the weights moved by in one update is what the two policies differ by
-    assert all(1e-6 < s["rollout/mismatch_kl"] < 0.1 for s in steps[1:])
+    assert all(1e-8 < s["rollout/mismatch_kl"] < 0.1 for s in steps[1:])
     # prompts that are sampled ahead count as drawn only when they are trained on
     drawn = {
         f.name: read_state(f)["cursor"]["position"] for f in (config.parent / "ahead" / "checkpoints").glob("step-*")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -12,6 +10,7 @@ from megatron_reheat.config import RolloutConfig
 from megatron_reheat.losses import fused_tempered_kl, tempered_kl, vocab_logprobs
 from megatron_reheat.model.backend import choose_backend
 from megatron_reheat.parallel import cpu
+from megatron_reheat.ports import free_port
 from megatron_reheat.rollout.embedded import EmbeddedEngine
 from megatron_reheat.rollout.fleet import ServerFleet
 from megatron_reheat.rollout.server_process import ServerProcess, transfer_backend
@@ -126,8 +125,7 @@ def test_weights_reach_an_engine_in_the_devices_memory_and_again_after_its_sleep
 def test_weights_reach_a_server_over_nccl(policy, tmp_path):
     folder, model = policy
     hf = AutoConfig.from_pretrained(folder)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
 
     def start() -> ServerProcess:
         log_file = tmp_path / "server.log"

@@ -14,6 +14,7 @@ import torch
 
 from megatron_reheat.config import load_config
 from megatron_reheat.errors import ConfigError
+from megatron_reheat.ports import free_port
 from megatron_reheat.rollout.log_tail import log_tail
 from megatron_reheat.rollout.serve import check_ports, divide_gpus, serve, stop_on_signals, visible_gpus
 from tests.tiny_models import save_tiny_model
@@ -132,8 +133,3 @@ def recipe(folder: Path) -> Path:
         f"rollout: {{max_tokens: 32}}\nreheat: {{max_tokens: 32}}\nrun: {{folder: {folder}/run}}\n"
     )
     return path
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
