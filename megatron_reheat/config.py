@@ -9,16 +9,24 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from megatron_reheat.errors import ConfigError
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+def _checked_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url!r} is not the URL of a server (e.g. http://gpu-7:8300)")
+    return url
 
 
 class ModelConfig(Section):
@@ -94,7 +102,7 @@ class RolloutConfig(Section):
     (`colocated`), or servers that all replicas share (`server`)."""
 
     mode: Literal["embedded", "colocated", "server"] = "embedded"
-    servers: tuple[str, ...] = Field(
+    servers: tuple[Annotated[str, AfterValidator(_checked_url)], ...] = Field(
         default=(), description="server: URLs of running servers (reheat serve); empty starts num_servers here"
     )
     num_servers: int = Field(default=1, gt=0, description="server: how many to start on this machine")

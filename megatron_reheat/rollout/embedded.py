@@ -20,6 +20,7 @@ from megatron_reheat.rollout.checks import check_params, check_prompts
 from megatron_reheat.rollout.child_process import ChildProcess
 from megatron_reheat.rollout.engine import EngineHealth, SyncReport
 from megatron_reheat.rollout.engine_options import engine_environment, engine_options
+from megatron_reheat.rollout.gpus import visible_gpus
 from megatron_reheat.rollout.packed import Entry, aligned
 from megatron_reheat.rollout.weight_buffer import DeviceBuffer, HostBuffer, SendBuffer
 from megatron_reheat.rollout.wire import SampleRequest, WorkerReady, WorkerSettings
@@ -43,8 +44,7 @@ class EmbeddedEngine:
         log_file: receives everything the child prints; appended to.
         seed: vLLM's own seed (dummy weights); samples depend on the seed given to `generate` alone.
         local_engines: engines that share this machine's cores, for the default number of threads.
-        gpus: the GPUs to use (`config.tensor` of them), as CUDA_VISIBLE_DEVICES counts them, beginning with this process's
-            own, which the weights are in; empty on CPU.
+        gpus: indices of the GPUs to use (`config.tensor` of them) as this process counts them; empty on CPU.
         cpu_affinity: cores the child may run on; None leaves it to the scheduler.
     """
 
@@ -78,7 +78,7 @@ class EmbeddedEngine:
         self._closed = False
         self._policy_version: int | None = None
         capacity = config.sync_bucket_mb << 20
-        self._buffer: SendBuffer = DeviceBuffer(capacity) if self._gpus else HostBuffer(capacity)
+        self._buffer: SendBuffer = DeviceBuffer(capacity, self._gpus[0]) if self._gpus else HostBuffer(capacity)
         self._start()
 
     @property
@@ -207,7 +207,7 @@ class EmbeddedEngine:
             "OMP_NUM_THREADS": str(self._threads),
         }
         if self._gpus:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self._gpus))
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus()[gpu] for gpu in self._gpus)
         elif self._config.enforce_eager:
             env["TORCHDYNAMO_DISABLE"] = "1"  # vLLM still compiles small sampling helpers, which costs seconds
         return env

@@ -119,6 +119,8 @@ class ServerFleet:
 
     def close(self) -> None:
         self._policy_version = None
+        if self._weights is not None:
+            self._weights.disconnect()  # servers that others started stay, and take the next run's
         self._servers.close()
 
     def _weights_label(self, version: int) -> str:

@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.model.provider import read_hf_config, resolve_hf_folder
+from megatron_reheat.rollout.gpus import visible_gpus
 from megatron_reheat.rollout.server_client import Network
 from megatron_reheat.rollout.server_process import ServerProcess
 from megatron_reheat.rollout.servers import POLL_S
@@ -80,14 +79,6 @@ def serve(config: Config, *, host: str, port: int, servers: int | None = None, l
         with ThreadPoolExecutor() as pool:
             list(pool.map(ServerProcess.end, running.values()))
     print("servers ended", flush=True)
-
-
-def visible_gpus() -> tuple[str, ...]:
-    """The GPUs this process may use, each by the name that CUDA_VISIBLE_DEVICES has for it; makes no CUDA context."""
-    count = torch.cuda.device_count()
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = named.split(",") if named else map(str, range(count))
-    return tuple(name.strip() for name in names)[:count]
 
 
 def divide_gpus(gpus: Sequence[str], servers: int | None, tensor: int) -> list[tuple[str, ...]]:

@@ -95,10 +95,13 @@ class ServerProcess:
         how = "did not become ready" if code is None else f"exited with code {code}"
         return EngineDied(f"the vLLM server on port {self.port} {how}{log_tail(self._log_file, self._log_start)}")
 
-    def end(self) -> None:
-        """Ends the server and everything it started; safe to call twice."""
+    def ask_to_end(self) -> None:
         if self.alive:
             self._process.terminate()
+
+    def end(self) -> None:
+        """Ends the server and everything it started; safe to call twice."""
+        self.ask_to_end()
         try:
             self._process.wait(6 * STOP_GRACE_S)
         except subprocess.TimeoutExpired:

@@ -8,11 +8,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_reheat.config import RolloutConfig
-from megatron_reheat.errors import EngineDied, ReheatError
+from megatron_reheat.errors import ConfigError, EngineDied, ReheatError
 from megatron_reheat.rollout.server_client import ServerClient
 from megatron_reheat.rollout.servers import Servers
 from megatron_reheat.rollout.weight_sender import GlooSender, Named, NcclSender, WeightSender, address_towards
 
+NO_UPDATE = "start_weight_update must be called"  # in what vLLM answers to weights outside an update
 UNFINISHED = "unfinished"  # weight label of a server between the start of an update and its end
 
 
@@ -71,6 +72,23 @@ class ServerWeights:
             except ReheatError as error:
                 self._servers.dead[client.url] = EngineDied(f"{error}; it has to be started again")
 
+    def _clear_servers(self, sender: WeightSender) -> None:
+        """Takes back what a trainer that ended without a word left on servers that are not ours.
+
+        Raises:
+            ConfigError: a server was left in the middle of an update and cannot take another.
+        """
+        for client in self._servers.alive:
+            try:
+                self._servers.network.run(client.post("update_weights", {"update_info": {"given_up": True}}))
+            except ReheatError as error:
+                if NO_UPDATE not in str(error) and not sender.can_retry:
+                    raise ConfigError(
+                        f"rollout.servers: {client.url} was left in the middle of a weight update; start it again"
+                    ) from None
+            with contextlib.suppress(ReheatError):
+                self._servers.network.run(client.post("shutdown_weight_transfer_engine"))
+
     def _give_up(self, client: ServerClient, sender: WeightSender) -> None:
         if not sender.can_retry:
             raise EngineDied(f"vLLM server {client.url} was left with half of its weights replaced")
@@ -95,6 +113,7 @@ class ServerWeights:
             if self._on_cpu
             else NcclSender(address, num_workers)
         )
+        self._clear_servers(sender)
         joined = self._servers.post(
             "init_weight_transfer_engine", lambda url: {"init_info": sender.init_info(offsets[url])}
         )

@@ -105,6 +105,8 @@ class Servers:
     def close(self) -> None:
         self.network.close()
         for process in self._processes.values():
+            process.ask_to_end()
+        for process in self._processes.values():
             process.end()
 
     async def _post(self, client: ServerClient, route: str, body: Any) -> None:

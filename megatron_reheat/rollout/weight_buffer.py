@@ -93,13 +93,14 @@ class HostBuffer:
 
 
 class DeviceBuffer:
-    """Memory of the current GPU, for an engine on the same GPU (or its neighbours, over peer-to-peer access).
+    """Memory of GPU number `gpu`, for an engine on the same GPU (or its neighbours, over peer-to-peer access).
 
     The engine's processes open it once by CUDA IPC (`torch.multiprocessing.reductions`), so a sync copies on the device
     alone. The memory stays the trainer's: it goes back when this object and every view of it are gone.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, gpu: int) -> None:
+        self._device = torch.device("cuda", gpu)
         self.grow(capacity)
 
     @property
@@ -110,12 +111,12 @@ class DeviceBuffer:
         return write_tensor(self._bytes, name, tensor, offset, verify)
 
     def flush(self) -> None:
-        torch.cuda.current_stream().synchronize()
+        torch.cuda.current_stream(self._device).synchronize()
 
     def grow(self, capacity: int) -> None:
         from torch.multiprocessing.reductions import reduce_tensor
 
-        self._bytes = torch.empty(capacity, dtype=torch.uint8, device="cuda")
+        self._bytes = torch.empty(capacity, dtype=torch.uint8, device=self._device)
         self.capacity = capacity
         _, handle = reduce_tensor(self._bytes)
         self._source = DeviceSource(handle, capacity)

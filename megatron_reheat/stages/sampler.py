@@ -6,8 +6,6 @@ import os
 from collections.abc import Callable
 from functools import partial
 
-import torch
-
 from megatron_reheat.config import Config, RolloutConfig
 from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.model.provider import read_hf_config
@@ -17,6 +15,7 @@ from megatron_reheat.ports import free_port
 from megatron_reheat.rollout.embedded import EmbeddedEngine
 from megatron_reheat.rollout.engine import RolloutEngine
 from megatron_reheat.rollout.fleet import ServerFleet, new_label
+from megatron_reheat.rollout.gpus import visible_gpus
 from megatron_reheat.rollout.server_process import ServerProcess, transfer_backend
 from megatron_reheat.rollout.server_weights import ServerWeights
 from megatron_reheat.rollout.servers import Servers
@@ -88,16 +87,18 @@ def _server_makers(
     on_cpu = topology.device.type == "cpu"
     first_gpu = topology.local_world_size
     needed = first_gpu + count * rollout.tensor
-    if not on_cpu and torch.cuda.device_count() < needed:
+    devices = visible_gpus()
+    if not on_cpu and len(devices) < needed:
         raise ConfigError(
             f"{first_gpu} trainer ranks and rollout.num_servers {count} x rollout.tensor {rollout.tensor} need {needed} "
-            f"GPUs, and this machine has {torch.cuda.device_count()}; lower one of them, or use rollout.mode=embedded"
+            f"GPUs, and this machine has {len(devices)}; lower one of them, or use rollout.mode=embedded"
         )
     folder = RunFolder(config.run.path)
     makers: dict[str, Callable[[], ServerProcess]] = {}
     for k in range(count):
         port = free_port()
-        gpus = () if on_cpu else range(first_gpu + k * rollout.tensor, first_gpu + (k + 1) * rollout.tensor)
+        first = first_gpu + k * rollout.tensor
+        gpus = () if on_cpu else devices[first : first + rollout.tensor]
         makers[f"http://127.0.0.1:{port}"] = partial(
             ServerProcess,
             str(inputs.hf_folder),

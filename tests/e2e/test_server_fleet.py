@@ -213,6 +213,24 @@ def test_weights_changed_by_somebody_else_are_noticed(rig: Rig) -> None:
     rig.assert_agrees(rig.fleet)
 
 
+def test_servers_that_a_dead_trainer_left_in_an_update_take_the_next_ones(rig: Rig) -> None:
+    rig.ready()
+    rig.servers.post("pause?mode=wait").result()
+    rig.servers.post("start_weight_update").result()
+    servers = Servers(rig.urls, {}, CONFIG, rig.hf, transfer_backend(True))
+    fleet = ServerFleet(
+        servers, rig.hf.vocab_size, CONFIG, label="next", weights=ServerWeights(servers, CONFIG, on_cpu=True)
+    )
+    rig.randomize(9)
+    rig.version = 1
+    assert WeightSync(fleet, CONFIG).push(rig.tensors(), 1).verified
+    rig.assert_agrees(fleet)
+    fleet.close()
+    rig.weights.disconnect()
+    rig.push()
+    rig.assert_agrees(rig.fleet)
+
+
 def test_prompts_that_cannot_be_served_are_refused(rig: Rig) -> None:
     fleet = rig.ready()
     with pytest.raises(ConfigError, match="prompt 1 has 256 tokens"):
