@@ -90,6 +90,7 @@ def test_servers_change_only_the_rollout() -> None:
     main, other = (load_config(ROOT / "yaml" / f"qwen3_4b_{name}.yaml") for name in ("ts_opsd", "servers"))
     assert differences(main.model_dump(), other.model_dump()) == {
         "rollout.mode": "server",
+        "rollout.num_servers": 8,
         "rollout.gpu_memory_utilization": 0.9,
         "run.name": "ts_opsd_servers",
     }
