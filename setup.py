@@ -24,6 +24,7 @@ setup(
         "matplotlib",
         "megatron-core>=0.16,<0.20",
         "numpy",
+        "packaging",
         "psutil",
         "pydantic>=2",
         "pyyaml",

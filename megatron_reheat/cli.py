@@ -260,7 +260,8 @@ def _convert(parsed: argparse.Namespace) -> int:
         raise ConfigError("--no-verify and --verify-vllm exclude each other; leave one out")
     visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a login node's GPU, or a busy one, has no part in this
-    from megatron_reheat.rollout.load_check import check_vllm, sample_greedily
+    from megatron_reheat.rollout.load_check import sample_greedily
+    from megatron_reheat.rollout.vllm_version import require_vllm
     from megatron_reheat.stages.convert import from_hf, to_hf
 
     if parsed.from_hf:
@@ -268,7 +269,7 @@ def _convert(parsed: argparse.Namespace) -> int:
         return 0
     engine = None
     if parsed.verify_vllm:
-        check_vllm()
+        require_vllm()
         engine = partial(sample_greedily, visible_devices=visible_devices)
     source, out = parsed.to_hf
     print(

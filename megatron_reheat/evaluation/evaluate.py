@@ -29,6 +29,7 @@ from megatron_reheat.model.provider import read_hf_config, resolve_hf_folder
 from megatron_reheat.rewards.pool import VerifierPool
 from megatron_reheat.rollout.checks import MAX_TEMPERATURE
 from megatron_reheat.rollout.embedded import EmbeddedEngine
+from megatron_reheat.rollout.vllm_version import require_vllm
 from megatron_reheat.rollout.weight_sync import WeightSync
 from megatron_reheat.types import Completion, Prompt, SamplingParams
 
@@ -97,6 +98,7 @@ def evaluate(options: EvalOptions, say: Callable[[str], None] = print) -> list[S
 
 
 def _check(options: EvalOptions) -> None:
+    require_vllm()
     for name, value in {
         "n": options.n,
         "max-tokens": options.max_tokens,

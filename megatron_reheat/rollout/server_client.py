@@ -25,6 +25,7 @@ class ServerInfo:
     members it adds to a weight-transfer group.
     """
 
+    version: str
     model: str
     max_model_len: int
     shape: dict[str, int] | None
@@ -47,7 +48,8 @@ class ServerClient:
         self._timeout_s = timeout_s
 
     async def describe(self) -> ServerInfo:
-        models, world, info = await asyncio.gather(
+        version, models, world, info = await asyncio.gather(
+            self.request("GET", "version"),
             self.request("GET", "v1/models"),
             self.request("GET", "get_world_size"),
             self.request("GET", "server_info?config_format=json"),
@@ -55,6 +57,7 @@ class ServerClient:
         vllm = info["vllm_config"]
         model, card = vllm["model_config"], models["data"][0]
         return ServerInfo(
+            version=version["version"],
             model=card.get("root") or model["model"],
             max_model_len=card["max_model_len"],
             shape=(vllm.get("additional_config") or {}).get(SHAPE_KEY),

@@ -13,6 +13,7 @@ from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import ConfigError, EngineDied
 from megatron_reheat.rollout.server_client import Network, ServerClient, ServerInfo
 from megatron_reheat.rollout.server_process import ServerProcess, policy_shape
+from megatron_reheat.rollout.vllm_version import OLDEST, is_too_old
 
 POLL_S = 0.2
 
@@ -140,7 +141,9 @@ class Servers:
 
     def _check(self, url: str, info: ServerInfo) -> None:
         ours, needed, problem = policy_shape(self._hf), self._config.max_model_len, None
-        if info.shape is not None and info.shape != ours:
+        if is_too_old(info.version):
+            problem = f"runs vLLM {info.version}; weights are sent in place to {OLDEST} and later"
+        elif info.shape is not None and info.shape != ours:
             problem = (
                 f"serves {info.model} with {_listed(info.shape)}, but model.hf_path has {_listed(ours)}; start it from "
                 "this recipe (reheat serve)"

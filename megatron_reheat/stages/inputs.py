@@ -14,6 +14,7 @@ from megatron_reheat.errors import ConfigError
 from megatron_reheat.model.checkpoint import latest_checkpoint, read_state
 from megatron_reheat.model.hf_weights import HFReader, check_weights
 from megatron_reheat.model.provider import check_layout, read_hf_config, resolve_hf_folder
+from megatron_reheat.rollout.vllm_version import require_vllm
 from megatron_reheat.run_folder import RunFolder
 
 
@@ -46,6 +47,7 @@ def read_inputs(config: Config) -> Inputs:
         ConfigError: naming the key or file to change.
         ReheatError: the checkpoint is incomplete.
     """
+    require_vllm()
     source, forked = _find_checkpoint(config)
     hf_folder = resolve_hf_folder(config.model)
     hf = read_hf_config(hf_folder)

@@ -22,11 +22,10 @@ from megatron_reheat.rollout.embedded import EmbeddedEngine
 from megatron_reheat.rollout.weight_buffer import HostBuffer
 from megatron_reheat.rollout.weight_sync import WeightSync, mismatch
 from megatron_reheat.types import SamplingParams
+from tests.e2e.agreement import GREEDY, TOLERANCE, PushedModel
 
 VOCAB = 32
 CONTEXT = 256
-TOLERANCE = 1e-3
-GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
 SAMPLED = SamplingParams(temperature=1.0, max_tokens=16)
 PROMPTS = [[2 + (5 * i + 3 * j) % 29 for j in range(6 + i)] for i in range(4)]
 LONG_PROMPT = [2 + (7 * j) % 29 for j in range(200)]  # longer than a KV block of 128, so that prefixes are cached
@@ -35,7 +34,7 @@ CONFIG = RolloutConfig(
 )
 
 
-class Policy:
+class Policy(PushedModel):
     """A tiny transformers model and the engine that should agree with it."""
 
     def __init__(self, folder, tied: bool, rollout: RolloutConfig = CONFIG) -> None:
@@ -56,35 +55,9 @@ class Policy:
             cpu_affinity=None if tied else [self.core],
         )
         self.sync = WeightSync(self.engine, CONFIG)
-        self.version = 0
-
-    @torch.no_grad()
-    def randomize(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in self.model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise * 0.1 if parameter.dim() > 1 else 1 + noise * 0.1)
-
-    def tensors(self) -> list[tuple[str, torch.Tensor]]:
-        return [(name, parameter.detach()) for name, parameter in self.model.named_parameters()]
-
-    def push(self, tensors=None):
-        self.version += 1
-        return self.sync.push(self.tensors() if tensors is None else tensors, self.version)
-
-    @torch.no_grad()
-    def logits(self, prompt, completion) -> torch.Tensor:
-        sequence = torch.tensor([[*prompt, *completion.token_ids.tolist()]])
-        return self.model(sequence).logits[0, len(prompt) - 1 : -1]
 
     def assert_agrees(self, prompts=PROMPTS) -> None:
-        for prompt, (completion,) in zip(prompts, self.engine.generate(prompts, GREEDY, n=1, seed=0), strict=True):
-            logits = self.logits(prompt, completion)
-            assert completion.token_ids.tolist() == logits.argmax(-1).tolist()
-            expected = logits.log_softmax(-1).max(-1).values.numpy()
-            assert np.abs(completion.rollout_logprobs - expected).max() <= TOLERANCE
-            assert completion.policy_version == self.version
-            assert completion.sampling_temperature == 0.0
+        self.assert_samples_alike(self.engine, prompts)
 
     def assert_refuses_until_pushed(self) -> None:
         assert self.engine.policy_version is None

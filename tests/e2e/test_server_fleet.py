@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -25,19 +26,18 @@ from megatron_reheat.rollout.server_weights import ServerWeights
 from megatron_reheat.rollout.servers import Servers
 from megatron_reheat.rollout.weight_sync import WeightSync
 from megatron_reheat.types import SamplingParams
+from tests.e2e.agreement import GREEDY, TOLERANCE, PushedModel
 from tests.tiny_models import save_tiny_model
 
-TOLERANCE = 1e-3
 CONFIG = RolloutConfig(
     max_model_len=256, max_num_seqs=8, enforce_eager=True, kv_cache_mb=64, threads=1, timeout_s=120, start_timeout_s=300
 )
 SAMPLED = SamplingParams(temperature=1.0, max_tokens=24)
-GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
 PROMPTS = [[2 + (5 * i + 3 * j) % 120 for j in range(6 + i)] for i in range(12)]
 LONG_PROMPT = [2 + (7 * j) % 120 for j in range(200)]  # longer than a KV block of 128, so that prefixes are cached
 
 
-class Rig:
+class Rig(PushedModel):
     """A tiny model with a tied head, and what is needed to talk to its two servers."""
 
     def __init__(self, folder: Path) -> None:
@@ -52,7 +52,6 @@ class Rig:
         self.weights = ServerWeights(self.servers, CONFIG, on_cpu=True)
         self.fleet = ServerFleet(self.servers, self.hf.vocab_size, CONFIG, label="run", weights=self.weights)
         self.sync = WeightSync(self.fleet, CONFIG)
-        self.version = 0
 
     def _starter(self, url: str, folder: Path) -> Callable[[], ServerProcess]:
         port = int(url.rsplit(":", 1)[1])
@@ -64,20 +63,6 @@ class Rig:
             return self.processes[url]
 
         return start
-
-    @torch.no_grad()
-    def randomize(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in self.model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise * 0.1 if parameter.dim() > 1 else 1 + noise * 0.1)
-
-    def tensors(self) -> list[tuple[str, torch.Tensor]]:
-        return [(name, parameter.detach()) for name, parameter in self.model.named_parameters()]
-
-    def push(self, tensors=None):
-        self.version += 1
-        return self.sync.push(self.tensors() if tensors is None else tensors, self.version)
 
     def ready(self) -> ServerFleet:
         if self.fleet.policy_version is None:
@@ -92,14 +77,7 @@ class Rig:
         return fleet
 
     def assert_agrees(self, fleet: ServerFleet, prompts=PROMPTS) -> None:
-        for prompt, (completion,) in zip(prompts, fleet.generate(prompts, GREEDY, n=1, seed=0), strict=True):
-            sequence = torch.tensor([[*prompt, *completion.token_ids.tolist()]])
-            with torch.no_grad():
-                logits = self.model(sequence).logits[0, len(prompt) - 1 : -1]
-            assert completion.token_ids.tolist() == logits.argmax(-1).tolist()
-            expected = logits.log_softmax(-1).max(-1).values.numpy()
-            assert np.abs(completion.rollout_logprobs - expected).max() <= TOLERANCE
-            assert completion.policy_version == self.version
+        self.assert_samples_alike(fleet, prompts)
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +230,13 @@ def test_a_server_of_another_kind_is_refused(rig: Rig, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             servers.wait_ready()
         servers.close()
+
+
+def test_a_server_of_an_old_vllm_is_refused(rig: Rig) -> None:
+    rig.ready()
+    url = rig.urls[0]
+    with pytest.raises(ConfigError, match=r"runs vLLM 0\.31\.0"):
+        rig.servers._check(url, dataclasses.replace(rig.servers.info[url], version="0.31.0"))
 
 
 def test_a_server_that_is_not_there_is_named() -> None:
