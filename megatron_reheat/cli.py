@@ -124,7 +124,7 @@ def _serve(parsed: argparse.Namespace) -> int:
     hold_stop_signal()  # a notice to all processes of a job is for the trainer, which still needs the servers
     config = load_config(parsed.config, parsed.overrides)
 
-    from megatron_reheat.rollout.serve import serve
+    from megatron_reheat.stages.serve import serve
 
     serve(config, host=parsed.host, port=parsed.port, servers=parsed.servers, log_folder=parsed.log_folder)
     return 0

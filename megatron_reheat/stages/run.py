@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from megatron_reheat.model.checkpoint import (
     install_checkpoint_fixes,
     latest_checkpoint,
     load_checkpoint,
+    read_state,
     save_checkpoint,
 )
 from megatron_reheat.model.engine import Engine
@@ -62,6 +64,9 @@ def train(config: Config) -> bool:
         ReheatError: with one clear sentence; checkpoints written so far stay valid.
     """
     inputs = read_inputs(config)
+    if inputs.source is not None and (done := read_state(inputs.source)["step"]) >= _total_steps(config):
+        _say_it_is_finished(config, done)
+        return True
     topology = parallel_topology.initialize(config)
     with _Helpers(config, topology, inputs) as helpers:
         ended = Run(config, topology, inputs, helpers.sampler, helpers.verifiers).go()
@@ -70,6 +75,17 @@ def train(config: Config) -> bool:
     # only after success: a rank that failed must not wait for the others to leave the groups with it
     parallel_topology.finalize()
     return ended
+
+
+def _total_steps(config: Config) -> int:
+    return config.sft.steps + config.run.steps
+
+
+def _say_it_is_finished(config: Config, done: int) -> None:
+    """Before anything is started: neither process group nor model nor engine is needed for it."""
+    total, is_main = _total_steps(config), os.environ.get("RANK", "0") == "0"
+    with RunLogger(config, RunFolder(config.run.path), is_main=is_main, start_step=done, total_steps=total) as logger:
+        logger.log_event(f"nothing to do: {done} of {total} steps are done (run.steps)", "yellow")
 
 
 class _Helpers:
@@ -121,7 +137,7 @@ class Run:
     def go(self) -> bool:
         """Returns whether the run came to its end; False when it was asked to stop."""
         source, forked = self._restore()
-        total = self.config.sft.steps + self.config.run.steps
+        total = _total_steps(self.config)
         with RunLogger(
             self.config,
             self.folder,
@@ -130,11 +146,6 @@ class Run:
             total_steps=total,
         ) as self.logger:
             self._announce_start(source)
-            if self.state.step >= total:
-                self.logger.log_event(
-                    f"nothing to do: {self.state.step} of {total} steps are done (run.steps)", "yellow"
-                )
-                return True
             if forked and (text := self._follow(self.controller.judge_rl())):
                 self.logger.log_event(text)
             if self.state.step == 0 and not self.config.sft.steps:
@@ -170,7 +181,7 @@ class Run:
         self._count_skips(outcome, step)
         self.state.step = step
         metrics = dict(outcome.metrics)
-        last = step == config.sft.steps + config.run.steps
+        last = step == _total_steps(config)
         scheduled = stage == "rlvr" and config.eval.every and step % config.eval.every == 0
         if border or last or scheduled:
             metrics.update(self._evaluate())
@@ -200,7 +211,7 @@ class Run:
             step,
             stage_step=state.stage_steps,
             sampling_temperature=temperature,
-            look_ahead=self.config.rollout.overlap and step < self.config.sft.steps + self.config.run.steps,
+            look_ahead=self.config.rollout.overlap and step < _total_steps(self.config),
         )
         if outcome.entropy is None:
             return outcome, Verdict.CONTINUE

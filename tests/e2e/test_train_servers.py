@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import psutil
 import pytest
 
 from megatron_reheat.model.checkpoint import read_state
@@ -19,36 +18,24 @@ def config(tmp_path_factory):
 
 
 def test_two_servers_shared_by_two_replicas_train_the_same_policy(config):
-    """The samples are the embedded engines', so every step is; one server is killed on the way and comes back."""
+    """The samples are the embedded engines', so every step is."""
     result = runs.reheat("train", str(config), "run.name=embedded", *SHORT)
     assert result.returncode == 0, result.stderr[-3000:]
     expected = trained_steps(config.parent / "embedded")
 
-    process = runs.start("train", str(config), "run.name=servers", "rollout.num_servers=2", *SERVERS)
-    shared = config.parent / "servers"
-    try:
-        runs.wait_for(lambda: any(s["stage"] == "rlvr" for s in runs.steps_of(shared)), process)
-        cores = [p for p in psutil.Process(process.pid).children(recursive=True) if "EngineCore" in p.name()]
-        assert len(cores) == 2
-        cores[0].kill()
-        output, errors = process.communicate(timeout=runs.LIMIT_S)
-    finally:
-        if process.poll() is None:
-            runs.kill(process)
-    assert process.returncode == 0, output[-1000:] + errors[-3000:]
-    assert "2 server(s)" in output and "digests verified" in output
-    steps = trained_steps(shared)
+    result = runs.reheat("train", str(config), "run.name=servers", "rollout.num_servers=2", *SERVERS)
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
+    assert "2 server(s)" in result.stdout and "digests verified" in result.stdout
+    steps = trained_steps(config.parent / "servers")
     assert [s["step"] for s in steps] == [s["step"] for s in expected]
-    assert steps[-1]["rollout/engine_restarts"] >= 1
     for ours, theirs in zip(steps, expected, strict=True):
         same = {
             name: value
             for name, value in runs.numbers_of(theirs).items()
-            if isinstance(value, float) and not name.startswith(("rollout/mismatch", "rollout/engine_restarts"))
+            if isinstance(value, float) and not name.startswith("rollout/mismatch")
         }
         assert ours["stage"] == theirs["stage"] and len(same) > 10
         assert {name: ours[name] for name in same} == pytest.approx(same, rel=1e-5)
-    assert not any(p.is_running() for p in cores)
 
 
 def test_sampling_ahead_is_one_step_off_policy_and_loses_no_prompt(config):
