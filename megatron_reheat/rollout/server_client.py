@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -108,7 +109,7 @@ class Network:
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    def start(self, work: Coroutine[Any, Any, T]) -> Any:
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Runs `work` beside the caller; `result()` of what is returned waits for it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 

@@ -1,10 +1,11 @@
-"""One in-place weight update of every vLLM server at once, in buckets, while the trainer gathers the next ones."""
+"""One in-place weight update of every vLLM server at once; the trainer gathers a bucket while they load the one before."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import Future
+from functools import partial
 from urllib.parse import urlsplit
 
 from megatron_reheat.config import RolloutConfig
@@ -14,6 +15,8 @@ from megatron_reheat.rollout.servers import Servers
 from megatron_reheat.rollout.weight_sender import GlooSender, Named, NcclSender, WeightSender, address_towards
 
 NO_UPDATE = "start_weight_update must be called"  # in what vLLM answers to weights outside an update
+# for members to meet, and for one bucket; vLLM's NCCL group has the same
+GROUP_TIMEOUT_S = 300.0
 UNFINISHED = "unfinished"  # weight label of a server between the start of an update and its end
 
 
@@ -41,12 +44,17 @@ class ServerWeights:
         self._updating = True
         post("start_weight_update").result()
         num_tensors = num_bytes = 0
+        loaded: Future[None] | None = None
         for bucket in _buckets(tensors, self._config.sync_bucket_mb << 20):
             info, packed = sender.pack(bucket, verify)
-            received = post("update_weights", {"update_info": info})
-            _meet(lambda packed=packed: sender.send(packed), received)  # type: ignore[misc]
+            if loaded is not None:
+                loaded.result()
+            loaded = post("update_weights", {"update_info": info}, fail_fast=True)
+            _take_part(partial(sender.send, packed, partial(_has_failed, loaded)), loaded)
             num_tensors += len(bucket)
             num_bytes += sum(t.nbytes for _, t in bucket)
+        if loaded is not None:
+            loaded.result()
         if sender.last_info is not None:
             post("update_weights", {"update_info": sender.last_info}).result()
         post("finish_weight_update", {"weight_version": label}).result()
@@ -64,6 +72,7 @@ class ServerWeights:
         updating, self._updating = self._updating, False
         if sender is None:
             return
+        sender.close()
         for client in self._servers.alive:
             try:
                 if updating:
@@ -109,27 +118,31 @@ class ServerWeights:
             next_offset += server.num_workers
         num_workers = next_offset - 1
         sender: WeightSender = (
-            GlooSender(address, num_workers, self._config.timeout_s)
+            GlooSender(address, num_workers, min(self._config.timeout_s, GROUP_TIMEOUT_S))
             if self._on_cpu
             else NcclSender(address, num_workers)
         )
         self._clear_servers(sender)
         joined = self._servers.post(
-            "init_weight_transfer_engine", lambda url: {"init_info": sender.init_info(offsets[url])}
+            "init_weight_transfer_engine", lambda url: {"init_info": sender.init_info(offsets[url])}, fail_fast=True
         )
         self._sender = sender
-        _meet(sender.join, joined)
+        _take_part(sender.join, joined)
+        joined.result()
         return sender
 
 
-def _meet(ours: Callable[[], None], theirs: Any) -> None:
+def _has_failed(answer: Future[None]) -> bool:
+    return answer.done() and answer.exception() is not None
+
+
+def _take_part(ours: Callable[[], None], theirs: Future[None]) -> None:
     """Takes our part in a collective while the servers take theirs; their failure explains ours."""
     try:
         ours()
     except RuntimeError:
         theirs.result()
         raise
-    theirs.result()
 
 
 def _buckets(tensors: Iterator[Named], capacity: int) -> Iterator[list[Named]]:

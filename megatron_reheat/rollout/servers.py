@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -88,15 +89,16 @@ class Servers:
         self._wait(failed)
         self.dead.clear()
 
-    def post(self, route: str, body: Any = None) -> Any:
-        """Posts to every server at once and returns a future; its `result()` waits for all of them.
+    def post(self, route: str, body: Any = None, *, fail_fast: bool = False) -> Future[None]:
+        """Posts to every server at once; the future is done when all have answered.
 
-        `body` may be a function of the server's URL. A server that turns out to be gone is put down as dead.
+        With `fail_fast` it is done as soon as one fails: the others may be waiting for that one. `body` may be a function of
+        the server's URL. A server that turns out to be gone is put down as dead.
         """
 
         async def post_all() -> None:
             posts = (self._post(client, route, body) for client in self.clients.values())
-            results = await asyncio.gather(*posts, return_exceptions=True)
+            results = await asyncio.gather(*posts, return_exceptions=not fail_fast)
             for result in results:
                 if isinstance(result, BaseException):
                     raise result

@@ -7,7 +7,8 @@ request, several requests per update.
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from megatron_reheat.rollout.gloo_group import GlooGroup, make_store
 from megatron_reheat.rollout.packed import aligned, write_tensor
 
 NCCL_BACKEND = "nccl"
+NCCL_POLL_S = 0.0005
 Named = tuple[str, torch.Tensor]
 
 
@@ -47,8 +49,16 @@ class WeightSender(Protocol):
         """What `/update_weights` is told of these tensors, and what `send` is to be given."""
         ...
 
-    def send(self, packed: Sequence[torch.Tensor]) -> None:
-        """Broadcasts to the workers, which receive while they answer `/update_weights`."""
+    def send(self, packed: Sequence[torch.Tensor], has_failed: Callable[[], bool]) -> None:
+        """Broadcasts to the workers, which receive while they answer `/update_weights`.
+
+        Raises:
+            RuntimeError: the broadcast broke, or `has_failed` says that a worker will not take part in it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leaves the group, also in the middle of a broadcast."""
         ...
 
 
@@ -87,10 +97,13 @@ class GlooSender:
             offset += aligned(tensor.nbytes)
         return {"entries": entries, "num_bytes": len(block)}, [block]
 
-    def send(self, packed: Sequence[torch.Tensor]) -> None:
+    def send(self, packed: Sequence[torch.Tensor], has_failed: Callable[[], bool]) -> None:
         assert self._group is not None
         for block in packed:
-            self._group.broadcast(block)
+            self._group.broadcast(block)  # breaks by itself when a member is gone
+
+    def close(self) -> None:
+        self._group = None
 
 
 class NcclSender:
@@ -141,11 +154,23 @@ class NcclSender:
         }
         return info, [t.detach().contiguous() for _, t in tensors]
 
-    def send(self, packed: Sequence[torch.Tensor]) -> None:
+    def send(self, packed: Sequence[torch.Tensor], has_failed: Callable[[], bool]) -> None:
         stream = torch.cuda.current_stream()
         for tensor in packed:
             self._communicator.broadcast(tensor, src=0, stream=stream)
-        stream.synchronize()  # the tensors may be overwritten once this returns
+        sent = torch.cuda.Event()
+        sent.record(stream)
+        # the tensors may be overwritten once this returns; NCCL itself would wait for a dead member for ever
+        while not sent.query():
+            if has_failed():
+                self.close()
+                raise RuntimeError("a server failed while it was receiving weights")
+            time.sleep(NCCL_POLL_S)
+
+    def close(self) -> None:
+        if self._communicator is not None:
+            self._communicator.destroy()  # vLLM's aborts, which ends a broadcast under way
+            self._communicator = None
 
 
 def address_towards(host: str) -> str:

@@ -169,7 +169,7 @@ def test_wrong_tensors_are_named_and_the_next_sync_repairs(rig: Rig) -> None:
 def test_a_tensor_that_changes_on_the_way_is_named(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_reheat.rollout import weight_sender
 
-    def send_noise(self, packed) -> None:
+    def send_noise(self, packed, has_failed) -> None:
         packed[0][-64:] += 1
         self._group.broadcast(packed[0])
 

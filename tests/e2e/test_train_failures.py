@@ -17,36 +17,32 @@ def config(tmp_path_factory):
     return runs.write_recipe(runs.recipe(runs.make_model_folder(root / "model"), root), root / "recipe.yaml")
 
 
-def test_a_dead_engine_is_replaced_and_counted(config):
-    process = runs.start("train", str(config), "run.name=revived", "eval.data=")
-    revived = config.parent / "revived"
-    try:
-        runs.wait_for(lambda: any(s["stage"] == "rlvr" for s in runs.steps_of(revived)), process)
-        _kill_one_engine(process)
-        output, errors = process.communicate(timeout=runs.LIMIT_S)
-    finally:
-        if process.poll() is None:
-            runs.kill(process)
-    assert process.returncode == 0, output[-1000:] + errors[-3000:]
-    steps = [s for s in runs.steps_of(revived) if s["stage"] != "sft"]
-    assert [s["step"] for s in steps] == list(range(7, 14))
-    assert steps[-1]["rollout/engine_restarts"] == 1
-    assert all(s["rollout/mismatch_kl"] < 1e-6 for s in steps)
+def test_a_dead_engine_is_replaced_and_counted_until_it_may_not_be_restarted(config):
+    process = runs.start(
+        "train", str(config), "run.name=dying", "rollout.max_restarts=1", "run.steps=500", "eval.data="
+    )
+    dying = config.parent / "dying"
 
+    def trained() -> list:
+        return [s for s in runs.steps_of(dying) if s["stage"] != "sft"]
 
-def test_an_engine_that_may_not_be_restarted_ends_the_run_with_one_error(config):
-    process = runs.start("train", str(config), "run.name=dead", "rollout.max_restarts=0", "eval.data=")
-    dead = config.parent / "dead"
     try:
-        runs.wait_for(lambda: any(s["stage"] == "rlvr" for s in runs.steps_of(dead)), process)
-        _kill_one_engine(process)
+        runs.wait_for(lambda: len(trained()) > 0, process)
+        rank = _kill_one_engine(process)
+        runs.wait_for(lambda: trained()[-1]["rollout/engine_restarts"] == 1, process)
+        done = trained()[-1]["step"]
+        runs.wait_for(lambda: trained()[-1]["step"] >= done + 3, process)
+        _kill_one_engine(process, of_rank=rank)
         _, errors = process.communicate(timeout=runs.LIMIT_S)
     finally:
         if process.poll() is None:
             runs.kill(process)
+    steps = trained()
+    assert [s["step"] for s in steps] == list(range(7, 7 + len(steps)))  # none is lost and none is done twice
+    assert all(s["rollout/mismatch_kl"] < 1e-6 for s in steps)
     assert process.returncode == 1
     assert errors.count("error:") == 1 and "rollout.max_restarts" in errors and "Traceback" not in errors
-    assert any((dead / "checkpoints").glob("step-*"))
+    assert any((dying / "checkpoints").glob("step-*"))
 
 
 def test_a_loss_that_stays_non_finite_ends_the_run_and_keeps_the_checkpoint(config):
@@ -60,9 +56,11 @@ def test_a_loss_that_stays_non_finite_ends_the_run_and_keeps_the_checkpoint(conf
     assert (config.parent / "nan" / "checkpoints" / "step-1").is_dir()
 
 
-def _kill_one_engine(process) -> None:
-    engines = [
-        p for p in psutil.Process(process.pid).children(recursive=True) if "rollout.worker" in " ".join(p.cmdline())
-    ]
-    assert engines
-    os.kill(engines[0].pid, signal.SIGKILL)
+def _kill_one_engine(process, of_rank: int | None = None) -> int:
+    """Kills an engine, the one of the rank with process id `of_rank` if given; returns its rank's process id."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    engines = [p for p in children if "rollout.worker" in " ".join(p.cmdline())]
+    victim = next(p for p in engines if of_rank in (None, p.ppid()))
+    rank = victim.ppid()
+    os.kill(victim.pid, signal.SIGKILL)
+    return rank
