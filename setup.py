@@ -49,7 +49,7 @@ setup(
     },
     entry_points={
         "console_scripts": ["reheat=megatron_reheat.cli:main"],
-        "vllm.general_plugins": ["megatron_reheat=megatron_reheat.rollout.vllm_plugin:register"],
+        "vllm.general_plugins": ["megatron_reheat=megatron_reheat.rollout.server.vllm_plugin:register"],
     },
     classifiers=["Programming Language :: Python :: 3", "Operating System :: POSIX :: Linux"],
 )

@@ -29,13 +29,12 @@ from torch import Tensor
 
 from megatron_reheat.parallel.vocab_kernels import (
     NUM_SUMS,
-    RowCoefficients,
-    RowScalars,
     compute_dtype,
     merge,
     shard_sums,
     write_gradient,
 )
+from megatron_reheat.parallel.vocab_rows import RowCoefficients, RowScalars
 
 Direction = Literal["forward", "reverse"]
 

@@ -7,13 +7,12 @@ Triton's interpreter runs the same code on CPU tensors (TRITON_INTERPRET=1), whi
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from megatron_reheat.parallel.vocab_kernels import RowCoefficients, RowScalars
+from megatron_reheat.parallel.vocab_rows import RowCoefficients, RowScalars
 
 try:
     import triton

@@ -13,7 +13,7 @@ from megatron_reheat.parallel.seats import engine_seats
 from megatron_reheat.parallel.topology import Topology
 from megatron_reheat.rewards.pool import VerifierPool
 from megatron_reheat.rollout.engine import RolloutEngine, SyncReport
-from megatron_reheat.rollout.fleet import ServerFleet
+from megatron_reheat.rollout.server.fleet import ServerFleet
 from megatron_reheat.rollout.weight_sync import WeightSync
 from megatron_reheat.stages.clock import Clock
 from megatron_reheat.types import Completion, Group, Prompt, Reward, SamplingParams

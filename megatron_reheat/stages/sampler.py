@@ -14,11 +14,11 @@ from megatron_reheat.parallel.topology import Topology
 from megatron_reheat.ports import free_port
 from megatron_reheat.rollout.embedded import EmbeddedEngine
 from megatron_reheat.rollout.engine import RolloutEngine
-from megatron_reheat.rollout.fleet import ServerFleet, new_label
 from megatron_reheat.rollout.gpus import visible_gpus
-from megatron_reheat.rollout.server_process import ServerProcess, transfer_backend
-from megatron_reheat.rollout.server_weights import ServerWeights
-from megatron_reheat.rollout.servers import Servers
+from megatron_reheat.rollout.server.fleet import ServerFleet, new_label
+from megatron_reheat.rollout.server.process import ServerProcess, transfer_backend
+from megatron_reheat.rollout.server.servers import Servers
+from megatron_reheat.rollout.server.weights import ServerWeights
 from megatron_reheat.run_folder import RunFolder
 from megatron_reheat.stages.inputs import Inputs
 

@@ -19,9 +19,9 @@ from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.model.provider import read_hf_config, resolve_hf_folder
 from megatron_reheat.rollout.gpus import visible_gpus
-from megatron_reheat.rollout.server_client import Network
-from megatron_reheat.rollout.server_process import ServerProcess
-from megatron_reheat.rollout.servers import POLL_S
+from megatron_reheat.rollout.server.client import Network
+from megatron_reheat.rollout.server.process import ServerProcess
+from megatron_reheat.rollout.server.servers import POLL_S
 from megatron_reheat.rollout.vllm_version import require_vllm
 from megatron_reheat.run_folder import RunFolder
 from megatron_reheat.stages.inputs import context_length

@@ -20,10 +20,10 @@ from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import ConfigError, EngineDied, WeightSyncError
 from megatron_reheat.ports import free_port
 from megatron_reheat.rollout.embedded import EmbeddedEngine
-from megatron_reheat.rollout.fleet import ServerFleet
-from megatron_reheat.rollout.server_process import ServerProcess, transfer_backend
-from megatron_reheat.rollout.server_weights import ServerWeights
-from megatron_reheat.rollout.servers import Servers
+from megatron_reheat.rollout.server.fleet import ServerFleet
+from megatron_reheat.rollout.server.process import ServerProcess, transfer_backend
+from megatron_reheat.rollout.server.servers import Servers
+from megatron_reheat.rollout.server.weights import ServerWeights
 from megatron_reheat.rollout.weight_sync import WeightSync
 from megatron_reheat.types import SamplingParams
 from tests.e2e.agreement import GREEDY, TOLERANCE, PushedModel
@@ -167,7 +167,7 @@ def test_wrong_tensors_are_named_and_the_next_sync_repairs(rig: Rig) -> None:
 
 
 def test_a_tensor_that_changes_on_the_way_is_named(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_reheat.rollout import weight_sender
+    from megatron_reheat.rollout.server import sender as weight_sender
 
     def send_noise(self, packed, has_failed) -> None:
         packed[0][-64:] += 1

@@ -12,10 +12,10 @@ from megatron_reheat.model.backend import choose_backend
 from megatron_reheat.parallel import cpu
 from megatron_reheat.ports import free_port
 from megatron_reheat.rollout.embedded import EmbeddedEngine
-from megatron_reheat.rollout.fleet import ServerFleet
-from megatron_reheat.rollout.server_process import ServerProcess, transfer_backend
-from megatron_reheat.rollout.server_weights import ServerWeights
-from megatron_reheat.rollout.servers import Servers
+from megatron_reheat.rollout.server.fleet import ServerFleet
+from megatron_reheat.rollout.server.process import ServerProcess, transfer_backend
+from megatron_reheat.rollout.server.servers import Servers
+from megatron_reheat.rollout.server.weights import ServerWeights
 from megatron_reheat.types import SamplingParams
 from tests.reference import LOGIT_CASES, dense_kl, dense_logprobs, make_logits, relative_error
 from tests.tiny_models import save_tiny_model

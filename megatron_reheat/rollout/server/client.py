@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from megatron_reheat.errors import EngineDied, ReheatError
-from megatron_reheat.rollout.server_process import SHAPE_KEY
+from megatron_reheat.rollout.server.process import SHAPE_KEY
 
 T = TypeVar("T")
 

@@ -13,5 +13,5 @@ def register() -> None:
 
     if GLOO_BACKEND not in WeightTransferEngineFactory._registry:  # there is no public question, and twice is an error
         WeightTransferEngineFactory.register_engine(
-            GLOO_BACKEND, "megatron_reheat.rollout.gloo_transfer", "GlooWeightTransfer"
+            GLOO_BACKEND, "megatron_reheat.rollout.server.gloo_transfer", "GlooWeightTransfer"
         )

@@ -15,9 +15,9 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from megatron_reheat.rollout.gloo_group import GlooGroup, make_store
 from megatron_reheat.rollout.packed import Entry, read_tensor
 from megatron_reheat.rollout.reload import WeightLoader
+from megatron_reheat.rollout.server.gloo_group import GlooGroup, make_store
 
 
 @dataclass

@@ -16,8 +16,8 @@ import torch
 
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.ports import free_port
-from megatron_reheat.rollout.gloo_group import GlooGroup, make_store
 from megatron_reheat.rollout.packed import aligned, write_tensor
+from megatron_reheat.rollout.server.gloo_group import GlooGroup, make_store
 
 NCCL_BACKEND = "nccl"
 NCCL_POLL_S = 0.0005

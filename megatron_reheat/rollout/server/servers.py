@@ -12,8 +12,8 @@ from transformers import PretrainedConfig
 
 from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import ConfigError, EngineDied
-from megatron_reheat.rollout.server_client import Network, ServerClient, ServerInfo
-from megatron_reheat.rollout.server_process import ServerProcess, policy_shape
+from megatron_reheat.rollout.server.client import Network, ServerClient, ServerInfo
+from megatron_reheat.rollout.server.process import ServerProcess, policy_shape
 from megatron_reheat.rollout.vllm_version import OLDEST, is_too_old
 
 POLL_S = 0.2

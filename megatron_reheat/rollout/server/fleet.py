@@ -18,10 +18,10 @@ from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import ConfigError, EngineDied, ReheatError, WeightSyncError
 from megatron_reheat.rollout.checks import check_params, check_prompts
 from megatron_reheat.rollout.engine import SyncReport
-from megatron_reheat.rollout.server_client import ServerClient
-from megatron_reheat.rollout.server_weights import ServerWeights
-from megatron_reheat.rollout.servers import Servers
-from megatron_reheat.rollout.weight_sender import Named
+from megatron_reheat.rollout.server.client import ServerClient
+from megatron_reheat.rollout.server.sender import Named
+from megatron_reheat.rollout.server.servers import Servers
+from megatron_reheat.rollout.server.weights import ServerWeights
 from megatron_reheat.rollout.wire import SampleRequest
 from megatron_reheat.types import Completion, SamplingParams
 

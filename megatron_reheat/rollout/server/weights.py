@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 
 from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import ConfigError, EngineDied, ReheatError
-from megatron_reheat.rollout.server_client import ServerClient
-from megatron_reheat.rollout.servers import Servers
-from megatron_reheat.rollout.weight_sender import GlooSender, Named, NcclSender, WeightSender, address_towards
+from megatron_reheat.rollout.server.client import ServerClient
+from megatron_reheat.rollout.server.sender import GlooSender, Named, NcclSender, WeightSender, address_towards
+from megatron_reheat.rollout.server.servers import Servers
 
 NO_UPDATE = "start_weight_update must be called"  # in what vLLM answers to weights outside an update
 # for members to meet, and for one bucket; vLLM's NCCL group has the same

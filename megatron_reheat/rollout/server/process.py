@@ -23,8 +23,8 @@ from megatron_reheat.processes import die_with_parent
 from megatron_reheat.rollout.child_process import PACKAGE_ROOT
 from megatron_reheat.rollout.engine_options import command_line, engine_environment, engine_options
 from megatron_reheat.rollout.log_tail import log_tail
-from megatron_reheat.rollout.vllm_plugin import GLOO_BACKEND
-from megatron_reheat.rollout.weight_sender import NCCL_BACKEND
+from megatron_reheat.rollout.server.sender import NCCL_BACKEND
+from megatron_reheat.rollout.server.vllm_plugin import GLOO_BACKEND
 
 # vLLM's own shutdown removes its shared-memory segments, so it is given the time
 STOP_GRACE_S = 10.0
