@@ -20,6 +20,7 @@ setup(
     install_requires=[
         "aiohttp",
         "datasets",
+        "latex2sympy2_extended",
         "math-verify[antlr4_13_2]",
         "matplotlib",
         "megatron-core>=0.16,<0.20",
@@ -31,6 +32,8 @@ setup(
         "reasoning-gym",
         "rich",
         "safetensors",
+        "scikit-learn",
+        "sympy",
         "tensorboard",
         "torch",
         "transformers",
@@ -45,7 +48,17 @@ setup(
         # NVIDIA Apex is optional, speeds up the fused optimizer and norms, and comes from its own source tree:
         # `pip install --no-build-isolation .` there, with APEX_CPP_EXT=1 APEX_CUDA_EXT=1.
         "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]"],
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "triton", "types-PyYAML", "wandb"],
+        "dev": [
+            "hypothesis",
+            "jsonschema",
+            "mypy",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "triton",
+            "types-PyYAML",
+            "wandb",
+        ],
     },
     entry_points={
         "console_scripts": ["reheat=megatron_reheat.cli:main"],

@@ -16,10 +16,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_reheat.cluster.launch import STOPPED, end_with_launcher, is_launched, launch_here
+from megatron_reheat.cluster.launch import end_with_launcher, is_launched, is_launchers_own, launch_here
 from megatron_reheat.config import Config, load_config
-from megatron_reheat.errors import ConfigError, ReheatError, print_error
-from megatron_reheat.stop_request import REQUEUE_EXIT_CODE, hold_stop_signal
+from megatron_reheat.errors import ConfigError, RankLost, ReheatError, print_error
+from megatron_reheat.large_imports import large_imports
+from megatron_reheat.run_folder import RunFolder
+from megatron_reheat.stop_request import (
+    FINISHING,
+    REQUEUE_EXIT_CODE,
+    STOP_SIGNAL,
+    StopWatch,
+    hold_stop_signals,
+    stopped_by,
+)
 
 # many times the launcher's monitoring interval
 SECONDARY_FAILURE_WAIT_S = 3.0
@@ -32,17 +41,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return parsed.run(parsed)
     except ReheatError as error:
+        if isinstance(error, RankLost):
+            _wait_for_the_first_error()
         _report_error(error)
         return 1
     except KeyboardInterrupt:
-        if not is_launched():
-            print_error(STOPPED.format("SIGINT"))
+        print_error("stopped by SIGINT")
         return 128 + signal.SIGINT
     except Exception:
-        if is_launched():
-            # when another rank failed first, its error counts: the launcher ends this one before the wait is over
-            time.sleep(SECONDARY_FAILURE_WAIT_S)
+        _wait_for_the_first_error()
         raise
+
+
+def _wait_for_the_first_error() -> None:
+    """When another rank failed first, its error counts: the launcher ends this one before the wait is over."""
+    if is_launched():
+        time.sleep(SECONDARY_FAILURE_WAIT_S)
 
 
 def _report_error(error: ReheatError) -> None:
@@ -64,7 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="run a recipe; starts its own processes unless torchrun already did")
     train.add_argument("config", type=Path)
-    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="directly after CONFIG")
+    train.add_argument(
+        "--force", action="store_true", help="start even if the GPUs' memory is estimated not to suffice"
+    )
     train.set_defaults(run=_train)
     _add_eval(commands)
     report = commands.add_parser("report", help="draw one or more runs")
@@ -75,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_slurm(commands)
     _add_check(commands)
+    keys = commands.add_parser("config", help="the keys of a recipe: their values, defaults and meaning")
+    keys.add_argument("section", nargs="?", help="rl, rollout, ...; default: all")
+    keys.set_defaults(run=_config)
     doctor = commands.add_parser("doctor", help="what is installed here, what is missing and what is used instead")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -103,6 +123,13 @@ def _check(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _config(parsed: argparse.Namespace) -> int:
+    from megatron_reheat.config_reference import print_reference
+
+    print_reference(parsed.section)
+    return 0
+
+
 def _doctor(parsed: argparse.Namespace) -> int:
     from megatron_reheat.cluster.doctor import examine
 
@@ -113,7 +140,9 @@ def _add_serve(commands: Any) -> None:
     command = commands.add_parser("serve", help="vLLM servers on this machine, for rollout.servers of a run elsewhere")
     command.add_argument("config", type=Path)
     command.add_argument("overrides", nargs="*", metavar="key=value", help="directly after CONFIG")
-    command.add_argument("--host", default="0.0.0.0", help="interface; there is no password, so keep it a private one")
+    command.add_argument(
+        "--host", default="127.0.0.1", help="interface; any other than this machine's own needs REHEAT_SERVER_TOKEN"
+    )
     command.add_argument("--port", type=int, default=8300, help="of the first server; the others follow")
     command.add_argument("--servers", type=int, metavar="N", help="default: GPUs / rollout.tensor, without GPUs 1")
     command.add_argument("--log-folder", type=Path, metavar="DIR", help="default: the run's logs/")
@@ -121,7 +150,8 @@ def _add_serve(commands: Any) -> None:
 
 
 def _serve(parsed: argparse.Namespace) -> int:
-    hold_stop_signal()  # a notice to all processes of a job is for the trainer, which still needs the servers
+    # a notice to all processes of a job is for the trainer, which still needs the servers
+    signal.pthread_sigmask(signal.SIG_BLOCK, {STOP_SIGNAL})
     config = load_config(parsed.config, parsed.overrides)
 
     from megatron_reheat.stages.serve import serve
@@ -152,8 +182,13 @@ def _add_slurm(commands: Any) -> None:
     command.add_argument("--arms", type=Path, nargs="+", default=(), metavar="YAML", help="array: CONFIG and these")
     command.add_argument("--seeds", type=int, nargs="+", default=(), metavar="SEED", help="array: one task per seed")
     command.add_argument(
-        "--requeue-signal-s", dest="notice_s", type=int, default=120, metavar="S", help="notice before the job's end"
+        "--gpu", default="h100-80g", metavar="KIND", help="whose memory it must fit, as in reheat check"
     )
+    command.add_argument("--force", action="store_true", help="submit even if memory is estimated not to suffice")
+    command.add_argument(
+        "--requeue-signal-s", dest="notice_s", type=int, metavar="S",
+        help="notice before the job's end; default: an estimated step and a save",
+    )  # fmt: skip
     command.add_argument(
         "--template", type=Path, default=argparse.SUPPRESS, help="your site's, for the package's job.sbatch.template"
     )
@@ -179,6 +214,9 @@ def _add_eval(commands: Any) -> None:
     command.add_argument(
         "--template", default="chat", help="chat, raw, or a text with the record's {fields}; default: chat"
     )
+    command.add_argument(
+        "--chat-template-kwargs", default="", metavar="YAML", help="for the chat template: '{enable_thinking: false}'"
+    )
     command.add_argument("--replicas", type=int, default=1, help="engines; one GPU each where there are GPUs")
     command.add_argument(
         "--engine", nargs="+", default=(), metavar="key=value", help="settings of a recipe's rollout section"
@@ -189,36 +227,67 @@ def _add_eval(commands: Any) -> None:
 
 def _eval(parsed: argparse.Namespace) -> int:
     from megatron_reheat.evaluation.evaluate import evaluate
-    from megatron_reheat.evaluation.results import EvalOptions, print_table, results_table
+    from megatron_reheat.evaluation.results import (
+        EvalOptions,
+        SuiteResult,
+        print_table,
+        results_table,
+        stopped_after,
+    )
 
+    hold_stop_signals()
     given: dict[str, Any] = {**vars(parsed), "suites": tuple(parsed.suites), "engine": tuple(parsed.engine)}
     del given["run"]
     options = EvalOptions(**given)
-    try:
-        print_table(results_table(evaluate(options), options))
-    except KeyboardInterrupt:
-        print_error("stopped by SIGINT; the suites that were finished are in results.json")
+    results: list[SuiteResult] = []
+    stopped = partial(stopped_after, results, options)
+    StopWatch(stopped, "stopping after the suite in progress").start()
+    evaluate(options, results)
+    if results:
+        print_table(results_table(results, options))
+    if len(results) < len(options.suites):
+        print_error(stopped("request"))
         return 128 + signal.SIGINT
     return 0
 
 
 def _train(parsed: argparse.Namespace) -> int:
-    hold_stop_signal()
+    hold_stop_signals()
     config = load_config(parsed.config, parsed.overrides)
-    if "RANK" in os.environ:
-        config.data_parallel(int(os.environ.get("WORLD_SIZE", "1")))
-        if is_launched():
-            end_with_launcher()
-        return _run(config)
-    parallel = config.parallel
-    world_size = parallel.tensor * parallel.pipeline * config.data_parallel()
-    if world_size > 1:
-        return launch_here(world_size, ["train", str(parsed.config), *parsed.overrides])
+    is_rank = "RANK" in os.environ
+    world_size = _world_size(config)
+    end_with_launcher()
+    from megatron_reheat.cluster.gpu_start import check_gpu_start
+
+    check_gpu_start(config, world_size, force=parsed.force)
+    if world_size > 1 and not is_rank:
+        force = ["--force"] if parsed.force else []
+        arguments = ["train", str(parsed.config), *parsed.overrides, *force]
+        return launch_here(world_size, arguments, RunFolder(config.run.path), config.run.stop_grace_s)
     return _run(config)
 
 
+def _world_size(config: Config) -> int:
+    """As torchrun says, which must fit the layout, or as the layout asks for."""
+    if "RANK" in os.environ:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        config.data_parallel(world_size)
+        return world_size
+    return config.parallel.tensor * config.parallel.pipeline * config.data_parallel()
+
+
 def _run(config: Config) -> int:
-    from megatron_reheat.stages.run import train
+    """In a process of the run: the only one, or a rank."""
+    finishing = None
+    if os.environ.get("RANK", "0") == "0" and not is_launched():
+        patience = ", if torchrun waits so long (its --shutdown-timeout, 30 s by default)"
+        finishing = FINISHING + (patience if "TORCHELASTIC_RUN_ID" in os.environ else "")
+    # a rank of our launcher leaves the grace time to it
+    grace_s = None if is_launched() else config.run.stop_grace_s
+    stopped = partial(stopped_by, folder=RunFolder(config.run.path))
+    StopWatch(stopped, finishing, grace_s, is_final=is_launchers_own).start()
+    with large_imports():
+        from megatron_reheat.stages.run import train
 
     return 0 if train(config) else REQUEUE_EXIT_CODE
 
@@ -292,6 +361,8 @@ def _slurm(parsed: argparse.Namespace) -> int:
     if not parsed.venv and not parsed.container and sys.prefix != sys.base_prefix:
         arguments["venv"] = Path(sys.prefix)
     job = make_job(JobRequest(command=["reheat", *sys.argv[1:]], **arguments))
+    for note in job.notes:
+        print(f"note: {note}", file=sys.stderr)
     if parsed.dry_run:
         print(job.script, end="")
         return 0
@@ -304,6 +375,9 @@ def _slurm(parsed: argparse.Namespace) -> int:
 def _quiet_libraries() -> None:
     """Libraries warn about what they cannot know here (missing Transformer Engine, deprecations of their own)."""
     warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is read when that is imported
     logging.getLogger("megatron").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # on a CPU machine with a compiler for CUDA, torch's CUDA build says in every process that there is no GPU
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

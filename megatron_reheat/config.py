@@ -1,42 +1,172 @@
 """YAML -> validated, frozen configuration.
 
-A recipe names a `base:` and holds only what differs; `key=value` arguments come last. Unknown keys are refused with a
+A recipe names a `base:` and holds only what differs; `key=value` arguments come last. Mappings are joined key by key; `null`
+empties one that is passed on (`data.options`, `data.chat_template_kwargs`). Unknown keys are refused with a
 suggestion, and every cross-field check names the key to change. All of it runs before a model is loaded.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+import os
+import re
+import string
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
+from megatron_reheat import recipe_text
+from megatron_reheat.confidential import TOKEN_VARIABLE, redact, redact_text
 from megatron_reheat.errors import ConfigError
+from megatron_reheat.files import NO_SUCH_FILE, problem_of_file
+from megatron_reheat.recipe_text import MAX_DEPTH
+
+MAX_SHOWN = 80  # characters of a wrong value in an error
+MAX_LISTED = 4  # errors that are told at once
+MAX_RECIPE_BYTES = 2**20
+# A number beyond these is a slip of the keyboard: counts go into 64-bit counters, floats into float32 where they are multiplied
+MAX_NUMBER = {int: 2**32, float: 1e30}
+MAX_REWARD = 1e6  # a group's deviation squares it
+MAX_PROCESSES = 4096  # ranks along a dimension, servers, graders, threads
+MAX_PROMPTS = 2**20  # of one step, all of which are in memory together
+MAX_PATH, MAX_FILE_NAME = 4095, 255  # bytes, Linux's
+# vLLM refuses more, and makes 0.01 of what lies between 0 and that without a word
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
+MAX_SAMPLES = 16384  # of one prompt; vLLM's VLLM_MAX_N_SEQUENCES
+MAX_SEED = 2**32 - 1  # numpy's global generator, which vLLM seeds, takes 32 bits
+MAX_WAIT_S = 2e6  # poll() counts milliseconds in 31 bits
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+    @field_validator("*")
+    @classmethod
+    def _is_usable(cls, value: Any) -> Any:
+        limit = MAX_NUMBER.get(type(value))
+        if limit is not None and abs(value) > limit:
+            raise ValueError(f"must lie between {-limit:.0e} and {limit:.0e}")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("must not hold a NUL character")
+        return value
 
-def _checked_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+
+def checked_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        has_host = re.fullmatch(r"[\w.:%-]+", parts.hostname or "") is not None and parts.port != 0
+        has_more = bool(parts.query or parts.fragment) or not url.isprintable()
+        is_server = parts.scheme in ("http", "https") and has_host and not has_more
+    except ValueError:  # a port beyond 65535
+        is_server = False
+    if not is_server:
         raise ValueError(f"{url!r} is not the URL of a server (e.g. http://gpu-7:8300)")
+    if parts.username is not None or parts.password is not None:
+        # not shown: it is a secret, and a configuration is written into files
+        raise PydanticCustomError(
+            "secret_in_url",
+            "must not hold a user or password; put the token into {variable}",
+            {"variable": TOKEN_VARIABLE},
+        )
     return url
+
+
+def check_temperature(temperature: float) -> float:
+    """
+    Raises:
+        ValueError: vLLM would not sample at it.
+    """
+    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        raise ValueError(f"vLLM samples at temperatures from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}")
+    return temperature
+
+
+def _full_dtype_name(name: Any) -> Any:
+    """The short names that other projects use; of half precision it says why it is not there."""
+    if not isinstance(name, str):
+        return name
+    short = name.strip().lower().removeprefix("torch.")
+    if short in ("fp16", "float16", "f16", "half"):
+        raise ValueError(
+            f"{name!r} is not supported: gradients overflow it without loss scaling; use bfloat16 or float32"
+        )
+    return {"bf16": "bfloat16", "fp32": "float32", "f32": "float32", "float": "float32"}.get(short, short)
+
+
+Temperature = Annotated[float, AfterValidator(check_temperature)]
+Url = Annotated[str, AfterValidator(checked_url)]
+FullDtypeName = BeforeValidator(_full_dtype_name)
+
+
+def check_path(path: str) -> str:
+    """
+    Raises:
+        ValueError: no file can have that name.
+    """
+    if not path.isprintable():
+        raise ValueError("must not hold line breaks or other control characters")
+    name = max((os.fsencode(part) for part in path.split("/")), key=len)
+    if len(os.fsencode(path)) > MAX_PATH or len(name) > MAX_FILE_NAME:
+        raise ValueError(f"must have at most {MAX_PATH} bytes, and {MAX_FILE_NAME} between slashes")
+    return path
+
+
+PathText = Annotated[str, AfterValidator(check_path)]
+
+
+def _checked_path(path: Any) -> Any:
+    names = [path] if isinstance(path, str) else path
+    if path is not None and not (
+        isinstance(names, list | tuple) and all(isinstance(n, str) and n for n in names) and names
+    ):
+        raise ValueError(f"must be a file, a folder or a list of files, not {shown(path)}")
+    for name in names or ():
+        check_path(name)
+    return tuple(path) if isinstance(path, list) else path
+
+
+def _absolute_file(method: str) -> str:
+    """A method of the user's own is found from any folder, as the resolved recipe of its run may be read from another."""
+    file, _, name = method.rpartition(":")
+    return f"{Path(file).expanduser().resolve()}:{name}" if file.endswith(".py") else method
+
+
+# A mapping that is passed on. `null` is an empty one, which is how a recipe takes back what its base put there.
+Options = Annotated[dict[str, Any], BeforeValidator(lambda options: {} if options is None else options)]
 
 
 class ModelConfig(Section):
     """The policy: a Hugging Face folder (or hub name) of the Qwen3 or Llama family."""
 
-    hf_path: str
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    attention: Literal["auto", "sdpa", "transformer_engine"] = "auto"
-    recompute: Literal["none", "selective", "full"] = "none"
-    vocab_pad_multiple: int = Field(default=1, gt=0, description="pad the vocabulary to a multiple of this x TP")
+    hf_path: PathText = Field(min_length=1, description="the policy: a Hugging Face folder, or a hub name")
+    dtype: Annotated[Literal["float32", "bfloat16"], FullDtypeName] = Field(
+        default="bfloat16",
+        description="of the weights, in training and sampling; masters are float32",
+    )
+    attention: Literal["auto", "sdpa", "transformer_engine"] = Field(
+        default="auto",
+        description="auto: Transformer Engine where it is installed and there is a GPU, otherwise PyTorch's SDPA",
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="activations computed again in the backward pass: none, those of the attention core, or all (least memory)",
+    )
+    vocab_pad_multiple: int = Field(
+        default=1, gt=0, le=2**16, description="pad the vocabulary to a multiple of this x TP"
+    )
     fused_head: bool = Field(default=True, description="apply the LM head inside the loss, chunk by chunk")
     head_chunk_tokens: int = Field(default=1024, gt=0, description="tokens whose logits exist at a time")
 
@@ -44,86 +174,162 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     """Megatron's layout. `data` may stay empty under torchrun: it is then WORLD_SIZE / (tensor x pipeline)."""
 
-    tensor: int = Field(default=1, gt=0)
-    pipeline: int = Field(default=1, gt=0)
-    data: int | None = Field(default=None, gt=0)
-    sequence_parallel: bool = False
-    distributed_optimizer: bool = True
+    tensor: int = Field(default=1, gt=0, le=MAX_PROCESSES, description="tensor parallel size (TP)")
+    pipeline: int = Field(default=1, gt=0, le=MAX_PROCESSES, description="pipeline parallel size (PP)")
+    data: int | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_PROCESSES,
+        description="data parallel replicas (DP); empty: as many as there are processes for, 1 without torchrun",
+    )
+    sequence_parallel: bool = Field(
+        default=False, description="split activations between tensor parallel regions over the TP ranks, too"
+    )
+    distributed_optimizer: bool = Field(
+        default=True, description="split optimizer state and master weights over the replicas"
+    )
     microbatch_tokens: int = Field(default=16384, gt=0, description="packed tokens of one micro-batch, at most")
+    timeout_s: float = Field(
+        default=3600.0,
+        gt=0,
+        le=MAX_WAIT_S,
+        description="longest wait of a rank for the others, while one of them samples, grades or saves",
+    )
 
 
 class DataConfig(Section):
     """Where prompts come from and how they become text.
 
-    `template: raw` fills `raw_template` with the record's fields; `chat` goes through the tokenizer's chat template.
+    `template: raw` fills `raw_template` with the record's fields; `chat` goes through the tokenizer's chat template, with
+    the text or the list of messages (`role`, `content`) under `prompt_key`. Keys may be dotted: `reward_model.ground_truth`.
     """
 
-    source: Literal["reasoning_gym", "jsonl", "datasets"] = "jsonl"
+    source: Literal["files", "reasoning_gym", "datasets", "jsonl"] = Field(
+        default="files",
+        description="jsonl: files whatever they are called, where their name does not tell another kind",
+    )
     name: str | None = Field(default=None, description="reasoning-gym task, or dataset name for `datasets`")
-    path: str | None = Field(default=None, description="JSONL file, or local folder for `datasets`")
-    split: str = "train"
-    options: dict[str, Any] = Field(default_factory=dict, description="passed to the reasoning-gym task")
-    size: int | None = Field(default=None, gt=0, description="keep this many records")
-    seed: int = 0
-    shuffle: bool = True
-    template: Literal["raw", "chat"] = "raw"
-    raw_template: str = "{question}"
+    path: Annotated[str | tuple[str, ...] | None, BeforeValidator(_checked_path)] = Field(
+        default=None, description=".jsonl, .json, .csv (also .gz) or .parquet: one or a list; or a `datasets` folder"
+    )
+    split: str = Field(default="train", description="of a hub dataset or a folder; a file is read whole")
+    options: Options = Field(default_factory=dict, description="passed to the reasoning-gym task, or to load_dataset")
+    size: int | None = Field(
+        default=None, gt=0, le=10**8, description="keep this many records; duplicates left out do not count"
+    )
+    deduplicate: bool = Field(default=False, description="keep the first of records that make the same prompt")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of the problems that a reasoning-gym task makes")
+    shuffle: bool = Field(default=True, description="in a new order each time round; false: as the data has them")
+    template: Literal["raw", "chat"] = Field(
+        default="raw",
+        description="raw: raw_template filled with the record's fields; chat: the tokenizer's chat template",
+    )
+    raw_template: str = Field(
+        default="{question}", description="of the prompt's text; `{field}` stands for a field of the record"
+    )
+    chat_template_kwargs: Options = Field(
+        default_factory=dict, description="for the chat template, e.g. {enable_thinking: false}"
+    )
+    add_special_tokens: bool | Literal["auto"] = Field(
+        default="auto",
+        description="begin with what the tokenizer puts before a text (a BOS) unless the template does; auto: if raw",
+    )
     solution_template: str | None = Field(default=None, description="worked answer for the sft warm start")
-    system_prompt: str | None = None
-    prompt_key: str = "question"
-    answer_key: str = "answer"
-    max_prompt_tokens: int = Field(default=2048, gt=0)
-    on_long_prompt: Literal["error", "skip"] = "error"
+    hint_template: str | None = Field(
+        default=None,
+        description="prompt of a teacher that knows more, in the place of the prompt's own text (which is `{prompt}`)",
+    )
+    system_prompt: str | None = Field(default=None, description="chat: goes before the prompt's messages")
+    prompt_key: str = Field(
+        default="question", description="chat: field with the text or the list of messages; may be dotted"
+    )
+    answer_key: str = Field(default="answer", description="field with the reference answer; may be dotted")
+    max_prompt_tokens: int = Field(default=2048, gt=0, description="longest prompt, tokens")
+    max_hinted_prompt_tokens: int = Field(default=8192, gt=0, description="of the prompt that hint_template makes")
+    on_long_prompt: Literal["error", "skip"] = Field(
+        default="error", description="of a longer one: error, or skip and count it"
+    )
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> DataConfig:
         if self.source == "reasoning_gym" and not self.name:
             raise ValueError("source reasoning_gym needs `name`, the task (e.g. countdown)")
-        if self.source == "jsonl" and not self.path:
-            raise ValueError("source jsonl needs `path`, the .jsonl file")
+        if self.source in ("files", "jsonl") and not self.path:
+            raise ValueError(f"source {self.source} needs `path`: a .jsonl, .json, .csv or .parquet file, or several")
         if self.source == "datasets" and not (self.name or self.path):
-            raise ValueError("source datasets needs `name` (hub) or `path` (local folder)")
+            raise ValueError("source datasets needs `name` (hub) or `path` (files or a folder)")
         return self
 
 
 class RewardConfig(Section):
     """Verification in worker processes that are killed on timeout."""
 
-    kind: Literal["reasoning_gym", "math"] = "math"
-    workers: int = Field(default=2, gt=0, description="per data-parallel replica")
-    timeout_s: float = Field(default=10.0, gt=0)
-    correct: float = 1.0
-    incorrect: float = 0.0
-    answer_chars: int = Field(default=300, gt=0, description="math: only this many last characters are parsed")
+    kind: Literal["reasoning_gym", "math"] = Field(
+        default="math", description="math: boxed answers compared as mathematics; reasoning_gym: the task's own scorer"
+    )
+    workers: int = Field(default=2, gt=0, le=MAX_PROCESSES, description="per data-parallel replica")
+    timeout_s: float = Field(
+        default=10.0, gt=0, le=MAX_WAIT_S, description="of one answer, seconds; one that takes longer counts as wrong"
+    )
+    correct: float = Field(default=1.0, ge=-MAX_REWARD, le=MAX_REWARD, description="reward of a right answer")
+    incorrect: float = Field(default=0.0, ge=-MAX_REWARD, le=MAX_REWARD, description="reward of a wrong one")
+    answer_chars: int = Field(
+        default=300, gt=0, description="math: without a box, `Answer:` is sought in so many last characters"
+    )
 
 
 class RolloutConfig(Section):
     """vLLM: a process beside each data-parallel replica (`embedded`), on all of the trainer's GPUs in turn with it
     (`colocated`), or servers that all replicas share (`server`)."""
 
-    mode: Literal["embedded", "colocated", "server"] = "embedded"
-    servers: tuple[Annotated[str, AfterValidator(_checked_url)], ...] = Field(
+    mode: Literal["embedded", "colocated", "server"] = Field(
+        default="embedded",
+        description="embedded: an engine beside each replica; colocated: engines and trainer take turns; server: over HTTP",
+    )
+    servers: tuple[Url, ...] = Field(
         default=(), description="server: URLs of running servers (reheat serve); empty starts num_servers here"
     )
-    num_servers: int = Field(default=1, gt=0, description="server: how many to start on this machine")
-    tensor: int = Field(default=1, gt=0, description="colocated, server: tensor parallel size of one vLLM engine")
+    num_servers: int = Field(default=1, gt=0, le=MAX_PROCESSES, description="server: how many to start on this machine")
+    tensor: int = Field(
+        default=1, gt=0, le=MAX_PROCESSES, description="colocated, server: tensor parallel size of one vLLM engine"
+    )
     overlap: bool = Field(
         default=False,
         description="server: sample the next RL step's prompts while this one trains (one step off-policy)",
     )
-    temperature: float = Field(default=1.0, gt=0)
-    max_tokens: int = Field(default=4096, gt=0)
-    max_model_len: int | None = Field(default=None, gt=0)
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    max_num_seqs: int = Field(default=256, gt=0)
-    enforce_eager: bool = False
-    kv_cache_mb: int | None = Field(default=None, gt=0, description="fixed KV cache; empty lets vLLM take its share")
-    gpu_memory_utilization: float = Field(default=0.45, gt=0, le=1)
-    threads: int | None = Field(default=None, gt=0, description="OpenMP threads of a CPU engine")
-    timeout_s: float = Field(default=1800.0, gt=0, description="longest wait for one answer of the engine")
-    start_timeout_s: float = Field(default=900.0, gt=0)
-    max_restarts: int = Field(default=2, ge=0)
-    sync_bucket_mb: int = Field(default=512, gt=0)
+    temperature: Temperature = Field(default=1.0, description="at which RL samples and trains; reheating samples at 1")
+    max_tokens: int = Field(default=4096, gt=0, description="longest response, tokens")
+    max_model_len: int | None = Field(
+        default=None, gt=0, description="longest prompt and response together, tokens; empty: what data and stages need"
+    )
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], FullDtypeName] = Field(
+        default="auto", description="of the engine's weights; auto: model.dtype"
+    )
+    max_num_seqs: int = Field(
+        default=256, gt=0, le=2**16, description="sequences that an engine decodes at a time, at most"
+    )
+    enforce_eager: bool = Field(
+        default=False, description="do not compile or capture graphs in vLLM: faster start, slower sampling"
+    )
+    kv_cache_mb: int | None = Field(
+        default=None, gt=0, le=2**24, description="fixed KV cache; empty lets vLLM take its share"
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.45, gt=0, le=1, description="share of a GPU's memory that vLLM may take"
+    )
+    threads: int | None = Field(default=None, gt=0, le=MAX_PROCESSES, description="OpenMP threads of a CPU engine")
+    timeout_s: float = Field(
+        default=1800.0, gt=0, le=MAX_WAIT_S, description="longest wait for one answer of the engine"
+    )
+    start_timeout_s: float = Field(
+        default=900.0, gt=0, le=MAX_WAIT_S, description="longest wait for an engine or server to be ready, seconds"
+    )
+    max_restarts: int = Field(
+        default=2, ge=0, description="how often an engine is replaced before the run ends; a server, within an hour"
+    )
+    sync_bucket_mb: int = Field(
+        default=512, gt=0, le=2**16, description="weights travel to the engine in pieces of this size, MiB"
+    )
     verify_every: int = Field(
         default=50, ge=0, description="digest check on the first and every N-th sync; 0: first only"
     )
@@ -133,44 +339,95 @@ class RolloutConfig(Section):
 class SFTConfig(Section):
     """Warm start on solved examples, so that a base policy can be made offline. `steps: 0` leaves it out."""
 
-    steps: int = Field(default=0, ge=0)
-    batch_size: int = Field(default=64, gt=0)
-    lr: float = Field(default=2e-3, gt=0)
-    warmup_steps: int = Field(default=50, ge=0)
-    log_every: int = Field(default=50, gt=0)
+    steps: int = Field(default=0, ge=0, description="of the warm start; 0: none")
+    batch_size: int = Field(default=64, gt=0, le=MAX_PROMPTS, description="solved examples of a step")
+    lr: float = Field(default=2e-3, gt=0, description="peak learning rate; falls along a cosine after warmup_steps")
+    warmup_steps: int = Field(default=50, ge=0, description="in which the rate rises from 0")
+    log_every: int = Field(default=50, gt=0, description="steps from one line on record to the next")
 
 
 class RLConfig(Section):
-    """GRPO/DAPO. Defaults are the paper's DAPO settings (arXiv 2606.00755, training details)."""
+    """Defaults are the paper's DAPO settings (arXiv 2606.00755, training details)."""
 
+    method: Annotated[str, AfterValidator(_absolute_file)] = Field(
+        default="grpo", description="a name in megatron_reheat.methods, or path/to/file.py:Class"
+    )
+    options: Options = Field(default_factory=dict, description="the method's own keys, as its file describes them")
+    samplers: dict[str, str] = Field(
+        default_factory=dict, description="frozen models that the method samples from: name: Hugging Face folder"
+    )
+    sampler_servers: dict[str, tuple[Url, ...]] = Field(
+        default_factory=dict,
+        description="server: URLs of running servers of a frozen model (reheat serve RECIPE model.hf_path=FOLDER), by the "
+        "model's name; one that is left out gets rollout.num_servers started here",
+    )
     aggregation: Literal["token_mean", "sequence_mean"] = Field(
         default="token_mean", description="token_mean: DAPO; sequence_mean: GRPO, each response weighs the same"
     )
-    prompts_per_step: int = Field(default=64, gt=0)
-    group_size: int = Field(default=8, gt=1)
+    prompts_per_step: int = Field(
+        default=64,
+        gt=0,
+        le=MAX_PROMPTS,
+        description="prompts that a step samples for; its batch is these times group_size",
+    )
+    group_size: int = Field(
+        default=8, gt=1, le=MAX_SAMPLES, description="responses to each prompt (G), among which advantages are relative"
+    )
     minibatch_prompts: int | None = Field(default=None, gt=0, description="prompts per optimizer step; empty: all")
-    clip_low: float = Field(default=0.2, gt=0)
-    clip_high: float = Field(default=0.28, gt=0)
-    dual_clip: float | None = Field(default=10.0, gt=1)
-    normalize_by_std: bool = True
-    dynamic_sampling: bool = True
-    max_generation_batches: int = Field(default=10, ge=0, description="dynamic sampling: 0 is unlimited")
-    overlong_buffer: int = Field(default=0, ge=0)
-    overlong_penalty: float = Field(default=1.0, ge=0)
-    tis_cap: float | None = Field(default=None, gt=0, description="truncated importance sampling; empty: off")
-    entropy_coef: float = 0.0
+    clip_low: float = Field(default=0.2, gt=0, lt=1, description="the ratio's lower bound is 1 - clip_low")
+    clip_high: float = Field(
+        default=0.28, gt=0, description="the ratio's upper bound is 1 + clip_high (DAPO's clip-higher)"
+    )
+    dual_clip: float | None = Field(
+        default=10.0, gt=1, description="caps the loss of a negative advantage A at this times |A|; empty: no cap"
+    )
+    normalize_by_std: bool = Field(
+        default=True, description="divide advantages by the group's standard deviation; false: Dr. GRPO"
+    )
+    dynamic_sampling: bool = Field(
+        default=True,
+        description="leave out groups whose rewards are all equal, and sample others in their place (DAPO)",
+    )
+    max_generation_batches: int = Field(
+        default=10,
+        ge=0,
+        description="dynamic sampling: 0 is unlimited, as long as one of 10 in a row brings a group to train on",
+    )
+    overlong_buffer: int = Field(
+        default=0,
+        ge=0,
+        description="soft overlong punishment (DAPO): so many last tokens cost more and more; 0: none",
+    )
+    overlong_penalty: float = Field(
+        default=1.0, ge=0, le=MAX_REWARD, description="what a response of the full length costs by then"
+    )
+    tis_cap: float | None = Field(default=None, ge=1, description="truncated importance sampling; empty: off")
+    entropy_coef: float = Field(default=0.0, description="of an entropy bonus in the loss; negative: a malus")
+    kl_coef: float = Field(
+        default=0.0,
+        ge=0,
+        description="of the KL to the policy with which this run's RL began, in the loss; 0: no such copy",
+    )
+    kl_estimator: Literal["k1", "k2", "k3", "k1+", "k3+"] = Field(
+        default="k3",
+        description="per sampled token; k1's gradient is zero in the mean, a + gives k2's, which is the KL's",
+    )
 
 
 class ReheatConfig(Section):
     """TS-OPSD (arXiv 2606.00755 section 3): match the policy's own temperature-flattened distribution."""
 
-    teacher_temperature: float = Field(default=1.2, gt=0)
-    direction: Literal["forward", "reverse"] = "forward"
-    lr: float = Field(default=1e-6, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    prompts_per_step: int = Field(default=1024, gt=0)
-    group_size: int = Field(default=1, gt=0)
-    max_tokens: int = Field(default=4096, gt=0)
+    teacher_temperature: float = Field(
+        default=1.2, gt=0, description="at which the policy's own distribution is flattened into the teacher's"
+    )
+    direction: Literal["forward", "reverse"] = Field(
+        default="forward", description="of the KL: forward KL(teacher || policy), reverse KL(policy || teacher)"
+    )
+    lr: float = Field(default=1e-6, gt=0, description="learning rate of the reheating steps")
+    weight_decay: float = Field(default=0.0, ge=0, description="of the reheating steps")
+    prompts_per_step: int = Field(default=1024, gt=0, le=MAX_PROMPTS, description="prompts of a reheating step")
+    group_size: int = Field(default=1, gt=0, le=MAX_SAMPLES, description="responses to each of them")
+    max_tokens: int | None = Field(default=None, gt=0, description="of a response; empty: rollout.max_tokens")
 
     @model_validator(mode="after")
     def _flattens(self) -> ReheatConfig:
@@ -182,16 +439,21 @@ class ReheatConfig(Section):
 class ControllerConfig(Section):
     """When to leave RL, what to do about a collapse, and when to stop doing it."""
 
-    action: Literal["reheat", "rollout_temperature", "stop", "none"] = "reheat"
+    action: Literal["reheat", "rollout_temperature", "stop", "none"] = Field(
+        default="reheat",
+        description="on a collapse; rollout_temperature: sample hotter from then on; none: train on",
+    )
     collapse_below: float = Field(default=0.08, gt=0, description="nats, smoothed token-mean entropy")
     reheat_to: float = Field(default=0.12, gt=0, description="nats")
-    smoothing_steps: int = Field(default=3, gt=0)
-    max_reheat_steps: int = Field(default=15, gt=0)
-    max_rounds: int = Field(default=3, ge=0)
+    smoothing_steps: int = Field(
+        default=3, gt=0, description="steps over which the entropy is averaged before it is compared"
+    )
+    max_reheat_steps: int = Field(default=15, gt=0, description="of a round, at most")
+    max_rounds: int = Field(default=3, ge=0, description="of reheating in a run, at most")
     cooldown_steps: int = Field(default=20, ge=0, description="RL steps after a round before the next may start")
     runaway_entropy: float = Field(default=0.5, gt=0, description="nats: above this, roll back to the last good step")
     runaway_jump: float = Field(default=0.2, gt=0, description="nats per step: above this, roll back")
-    rollout_temperature: float = Field(default=1.2, gt=0)
+    rollout_temperature: Temperature = Field(default=1.2, description="of action rollout_temperature")
 
     @model_validator(mode="after")
     def _thresholds_are_ordered(self) -> ControllerConfig:
@@ -206,14 +468,23 @@ class ControllerConfig(Section):
 class OptimizerConfig(Section):
     """AdamW of the RL stage; the reheat and sft stages bring their own learning rate, the rest is shared."""
 
-    lr: float = Field(default=2e-6, gt=0)
-    warmup_steps: int = Field(default=10, ge=0)
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.999, ge=0, lt=1)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    grad_clip: float = Field(default=1.0, gt=0)
-    max_skipped_steps: int = Field(default=3, ge=0, description="non-finite steps in a row before the run stops")
+    lr: float = Field(default=2e-6, gt=0, description="learning rate of RL, constant after warmup_steps")
+    warmup_steps: int = Field(
+        default=10,
+        ge=0,
+        description="in which the rate rises from 0, at the start of RL and after each round of reheating",
+    )
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's, of the gradient's mean")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's, of its square's")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's")
+    weight_decay: float = Field(default=0.1, ge=0, description="AdamW's, of RL and the warm start")
+    grad_clip: float = Field(
+        default=1.0, gt=0, description="largest norm of the gradient, above which it is scaled down"
+    )
+    max_skipped_steps: int = Field(default=3, ge=0, description="non-finite steps in a row before the run goes back")
+    max_rollbacks: int = Field(
+        default=2, ge=0, description="how often it goes back to a checkpoint that gave finite steps before it stops"
+    )
 
 
 class CheckpointConfig(Section):
@@ -225,37 +496,67 @@ class CheckpointConfig(Section):
 
 
 class LoggingConfig(Section):
-    console: bool = True
-    tensorboard: bool = True
-    wandb_project: str | None = None
+    console: bool = Field(default=True, description="a line for each step on the terminal")
+    tensorboard: bool = Field(default=True, description="event files in the run's folder")
+    wandb_project: str | None = Field(default=None, description="sends metrics there; empty: no Weights & Biases")
     rollouts_per_step: int = Field(default=2, ge=0, description="groups written to rollouts/ each step")
 
 
 class EvalConfig(Section):
     """avg@k and pass@k on held-out prompts, sampled by the run's own engines."""
 
-    data: DataConfig | None = None
+    data: DataConfig | None = Field(
+        default=None, description="held-out prompts, with the keys of `data`; empty: no evaluation"
+    )
     every: int = Field(default=0, ge=0, description="RL steps between evaluations; 0 evaluates at stage borders only")
-    num_samples: int = Field(default=8, gt=0)
-    temperature: float = Field(default=1.0, ge=0)
-    top_p: float = Field(default=0.7, gt=0, le=1)
-    max_tokens: int = Field(default=8192, gt=0)
+    num_samples: int = Field(default=8, gt=0, le=MAX_SAMPLES, description="of each prompt (k)")
+    temperature: float = Field(default=1.0, description="0 is greedy")
+    top_p: float = Field(
+        default=0.7, gt=0, le=1, description="nucleus of the evaluation's sampling; the paper's protocol is 0.7"
+    )
+    max_tokens: int = Field(default=8192, gt=0, description="longest response, tokens")
+
+    @field_validator("temperature")
+    @classmethod
+    def _is_greedy_or_possible(cls, temperature: float) -> float:
+        return temperature if temperature == 0 else check_temperature(temperature)
 
 
 class RunConfig(Section):
-    name: str = "run"
-    folder: str = "runs/{name}"
-    seed: int = 0
+    name: PathText = Field(default="run", min_length=1, description="of the run and its folder")
+    folder: PathText = Field(
+        default="runs/{name}", min_length=1, description="where it writes; `{name}` stands for run.name"
+    )
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of all that is drawn: prompts' order, samples")
     steps: int = Field(default=100, ge=0, description="RL and reheating steps together, so that arms are step-matched")
-    fork_from: str | None = Field(default=None, description="run folder whose latest checkpoint this run starts from")
+    fork_from: PathText | None = Field(
+        default=None, description="run folder whose latest checkpoint this run starts from"
+    )
+    stop_grace_s: float = Field(
+        default=600.0,
+        ge=0,
+        le=MAX_WAIT_S,
+        description="after SIGTERM, for the step in progress and the save; then the run ends without",
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _name_stays_in_the_folder(cls, name: str) -> str:
+        if name.startswith("/") or not name.strip() or {".", ".."} & set(name.split("/")):
+            raise ValueError(
+                f"{name!r} does not name a folder of its own below run.folder; use letters, digits, - and _"
+            )
+        return name
 
     @field_validator("folder")
     @classmethod
     def _folder_is_a_template(cls, folder: str) -> str:
         try:
-            folder.format(name="")
-        except (AttributeError, IndexError, KeyError, ValueError):
-            raise ValueError(f"{folder!r} may hold {{name}} in braces and nothing else") from None
+            fields = [rest for _, *rest in string.Formatter().parse(folder) if rest[0] is not None]
+        except ValueError:
+            fields = [[folder]]
+        if any(field != ["name", "", None] for field in fields):
+            raise ValueError(f"{folder!r} may hold {{name}} in braces and nothing else")
         return folder
 
     @property
@@ -284,6 +585,21 @@ class Config(Section):
         for problem in _cross_field_problems(self):
             raise ValueError(problem)
         return self
+
+    @property
+    def total_steps(self) -> int:
+        """The warm start's and those of RL and reheating."""
+        return self.sft.steps + self.run.steps
+
+    @property
+    def reheat_tokens(self) -> int:
+        """The longest response of a reheating step."""
+        return self.reheat.max_tokens or self.rollout.max_tokens
+
+    @property
+    def judged_tokens(self) -> int:
+        """How much of a response counts in the entropy that the controller sees: as much as every stage samples."""
+        return self.reheat_tokens if self.controller.action == "reheat" else self.rollout.max_tokens
 
     def data_parallel(self, world_size: int | None = None) -> int:
         """Replicas; checks `world_size` (torchrun's WORLD_SIZE) against the layout when it is given."""
@@ -314,7 +630,12 @@ def _cross_field_problems(c: Config) -> Iterator[str]:
             "change one of them"
         )
     context = c.rollout.max_model_len
-    longest = max(c.rollout.max_tokens, c.reheat.max_tokens if c.controller.action == "reheat" else 0)
+    if c.controller.action == "reheat" and c.reheat_tokens > c.rollout.max_tokens:
+        yield (
+            f"reheat.max_tokens {c.reheat_tokens} exceeds rollout.max_tokens {c.rollout.max_tokens}: the entropies that "
+            "start and end a reheating stage would be of different lengths; lower reheat.max_tokens, or leave it empty"
+        )
+    longest = c.rollout.max_tokens
     if context and c.data.max_prompt_tokens + longest > context:
         yield (
             f"data.max_prompt_tokens {c.data.max_prompt_tokens} + the longest response {longest} exceeds "
@@ -334,6 +655,16 @@ def _cross_field_problems(c: Config) -> Iterator[str]:
             f"{c.parallel.microbatch_tokens}; one sequence must fit one micro-batch: raise parallel.microbatch_tokens "
             "or lower eval.max_tokens"
         )
+    if c.eval.temperature == 0 and c.eval.num_samples > 1:
+        yield (
+            f"eval.temperature 0 is greedy: eval.num_samples {c.eval.num_samples} would be the same sample; set "
+            "eval.num_samples=1"
+        )
+    if c.reward.correct <= c.reward.incorrect:
+        yield (
+            f"reward.correct {c.reward.correct:g} must be above reward.incorrect {c.reward.incorrect:g}, or right answers "
+            "teach nothing or the opposite; raise reward.correct"
+        )
     if c.checkpoint.keep_best and c.eval.data is None:
         yield "checkpoint.keep_best needs eval.data, the held-out prompts to evaluate on"
     if c.rl.overlong_buffer > c.rollout.max_tokens:
@@ -344,8 +675,14 @@ def _cross_field_problems(c: Config) -> Iterator[str]:
         yield "rollout.tensor needs rollout.mode colocated or server; an embedded engine has one device"
     if c.rollout.overlap and c.rollout.mode != "server":
         yield "rollout.overlap needs rollout.mode=server: the other engines share their devices with the trainer"
-    if c.rollout.overlap and c.rl.tis_cap is None:
-        yield "rollout.overlap samples from the policy of a step before; set rl.tis_cap (e.g. 2.0) to correct for it"
+    named = [*c.rollout.servers, *(url for urls in c.rl.sampler_servers.values() for url in urls)]
+    if len(set(named)) < len(named):
+        where = "rollout.servers and rl.sampler_servers name" if c.rl.sampler_servers else "rollout.servers names"
+        yield f"{where} a server twice, and a server holds one model; name each once"
+    if unknown := c.rl.sampler_servers.keys() - c.rl.samplers.keys():
+        yield f"rl.sampler_servers.{min(unknown)}: there is no model of that name in rl.samplers; add it or correct the name"
+    if c.rl.sampler_servers and c.rollout.mode != "server":
+        yield "rl.sampler_servers needs rollout.mode=server"
     if c.rollout.servers and c.rollout.mode != "server":
         yield "rollout.servers needs rollout.mode=server"
     if c.parallel.sequence_parallel and c.parallel.tensor == 1:
@@ -358,45 +695,68 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: naming the file and key, with the fix.
     """
-    tree = _read_tree(Path(path), seen=())
+    origins: dict[str, str] = {}
+    tree = _read_tree(Path(path), (), origins)
     for override in overrides:
-        apply_override(tree, override)
-    return parse_config(tree)
+        origins |= dict.fromkeys(apply_override(tree, override), "on the command line")
+    return parse_config(tree, origins)
 
 
-def parse_config(tree: dict[str, Any]) -> Config:
+def parse_config(tree: dict[str, Any], origins: Mapping[str, str] | None = None) -> Config:
+    """`origins` tells where a key's value was given, by dotted key, for errors."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(e) for e in error.errors())) from None
+        problems = error.errors()
+        more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        raise ConfigError("; ".join(explain(e, origins or {}) for e in problems[:MAX_LISTED]) + more) from None
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, loadable by `load_config`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The resolved configuration as YAML, loadable by `load_config`; secrets are left out."""
+    return recipe_text.dump(public_tree(config))
 
 
-def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    path = path.resolve()
+def public_tree(config: Config) -> dict[str, Any]:
+    """What may be written down and sent to trackers: plain values, without secrets."""
+    tree: dict[str, Any] = redact(config.model_dump(mode="json"))
+    return tree
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...], origins: dict[str, str]) -> dict[str, Any]:
+    """`origins` is told where each key of the result was given."""
+    referrer = f", named as base by {seen[-1]}" if seen else ""
+    path = Path(os.path.abspath(path)) if "\0" in str(path) else Path(os.path.realpath(path))
     if path in seen:
-        raise ConfigError(f"{path}: base files form a loop: {' -> '.join(p.name for p in (*seen, path))}")
+        names = " -> ".join(p.name for p in (*seen, path))
+        raise ConfigError(f"{path}: remove one of the bases, because these base files form a loop: {names}")
+    if problem := problem_of_file(path, MAX_RECIPE_BYTES):
+        if problem.startswith(NO_SUCH_FILE):
+            raise ConfigError(f"no such config file: {path}{referrer}")
+        raise ConfigError(f"{path} cannot be read{referrer}: {problem}")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except FileNotFoundError:
-        referrer = f", named as base by {seen[-1]}" if seen else ""
-        raise ConfigError(f"no such config file: {path}{referrer}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"{path} cannot be read{referrer}: line {line} is not UTF-8; save it as text in UTF-8"
+        ) from None
+    try:
+        given, lines = recipe_text.read_recipe(text, Config)
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
+    if not isinstance(given := {} if given is None else given, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, not a {type(given).__name__}")
+    tree: dict[str, Any] = given
     base = tree.pop("base", None)
-    if base is None:
-        return tree
-    if not isinstance(base, str):
-        raise ConfigError(f"{path}: base must be the path of one recipe, not {base!r}")
-    return _merge(_read_tree(path.parent / base, (*seen, path)), tree)
+    if base is not None and not isinstance(base, str):
+        raise ConfigError(f"{path}: base must be the path of one recipe, not {shown(base)}")
+    if base == "":
+        raise ConfigError(f"{path}: base is empty; name a recipe, or leave it out")
+    if base is not None:
+        tree = _merge(_read_tree(path.parent / base, (*seen, path), origins), tree)
+    origins |= {key: f"{path.name}, line {line}" for key, line in lines.items()}
+    return tree
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -407,46 +767,103 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Sets one `section.key=value` in `tree`; the value is YAML.
+def apply_override(tree: dict[str, Any], override: str) -> list[str]:
+    """Sets one `section.key=value` in `tree`, the value read as the key's type asks for; returns the keys that it gives.
+
+    A section's mapping changes those keys alone, as a recipe does with its base's; any other mapping replaces what was there.
 
     Raises:
         ConfigError: it is not of that form.
     """
     key, separator, text = override.partition("=")
+    key = key.strip()
     if not separator or not key:
-        raise ConfigError(f"override {override!r} is not of the form key=value (e.g. rl.group_size=16)")
+        raise ConfigError(f"override {shown(override)} is not of the form key=value (e.g. rl.group_size=16)")
+    if key.count(".") > MAX_DEPTH:
+        raise ConfigError(f"override {shown(key)}: no key lies so deep; write section.key=value")
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise ConfigError(f"override {key}: {parent} is a value, not a section")
+    annotation = recipe_text.type_of(Config, [*parents, leaf])
     try:
-        node[leaf] = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
-        raise ConfigError(f"override {key}: {text!r} is not a valid YAML value; quote it") from None
+        value = recipe_text.read_value(text, annotation)
+    except recipe_text.Refused as error:
+        raise ConfigError(f"override {key}: {error}") from None
+    except ValueError:
+        raise ConfigError(f"override {key}: {shown(text)} is not a valid YAML value; quote it") from None
+    merges = any(_section_types(annotation)) and isinstance(value, dict) and isinstance(node.get(leaf), dict)
+    node[leaf] = _merge(node[leaf], value) if merges else value
+    return list(_keys_of(value, key))
 
 
-def _explain(error: Any) -> str:
+def _keys_of(value: Any, key: str) -> Iterator[str]:
+    yield key
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _keys_of(inner, f"{key}.{name}")
+
+
+def explain(
+    error: Any, origins: Mapping[str, str] | None = None, *, section: type[BaseModel] | None = None, prefix: str = ""
+) -> str:
+    """One of pydantic's errors as a sentence: the key, what is wrong, what was given, and for a typo what was meant.
+
+    `section` is what was validated, by default a whole recipe, and `prefix` its place in one, a dot at the end.
+    """
     location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
+    key, origins = prefix + ".".join(location), origins or {}
+    where = f" ({origin})" if (origin := _origin(location, origins)) else ""
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_suggestion(location)}"
+        return f"{key}: unknown key{_suggestion(location, section or Config)}{where if ', line ' in where else ''}"
     if error["type"] == "missing":
         return f"{key}: this key is required"
     if error["type"] == "model_type":
-        return f"{key or 'the recipe'}: must hold keys and values, not {error['input']!r}"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" if key else message
+        return f"{key or 'the recipe'}: must hold keys and values, not {shown(error['input'])}{where}"
+    message, given = error["msg"].removeprefix("Value error, "), error["input"]
+    if not key or (error["type"] == "value_error" and isinstance(given, dict)):  # of fields together: it names them
+        return f"{key}: {message}" if key else message
+    if error["type"] in _HIDDEN:
+        return f"{key}: {message}{where}"
+    if error["type"] == "int_parsing_size":
+        message = "must be a number of less than 20 digits"
+    text = shown(given)
+    return f"{key}: {message}{'' if text in message else f', got {text}'}{where}"
 
 
-def _suggestion(location: list[str]) -> str:
-    section: type[BaseModel] = Config
+def shown(value: Any) -> str:
+    """A wrong value for an error: a sentence can hold only its beginning, and some values cannot be written whole."""
+    text = redact_text(recipe_text.describe(redact(value, passed_on=True)))
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+
+
+_HIDDEN = ("secret_in_url",)
+
+
+def _origin(location: Sequence[str], origins: Mapping[str, str]) -> str | None:
+    """Where the key, or the section or list that it stands in, was given."""
+    given = (".".join(location[:end]) for end in range(len(location), 0, -1))
+    return next((origins[key] for key in given if key in origins), None)
+
+
+def _suggestion(location: list[str], section: type[BaseModel]) -> str:
     for part in location[:-1]:
         section = next((t for t in _section_types(section.model_fields[part].annotation)), section)
+    if section is Config and (homes := [name for name, part in _sections() if location[-1] in part.model_fields]):
+        return f"; did you mean {' or '.join(f'{home}.{location[-1]}' for home in homes)}?"
     close = difflib.get_close_matches(location[-1], section.model_fields, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; known keys: {', '.join(section.model_fields)}"
+    known = f"known keys: {', '.join(section.model_fields)}" if section.model_fields else "there are none"
+    return f"; did you mean '{close[0]}'?" if close else f"; {known}"
+
+
+def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
+    for name, field in Config.model_fields.items():
+        for section in _section_types(field.annotation):
+            yield name, section
 
 
 def _section_types(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_reheat.confidential import redact_text
 
 
 class ReheatError(RuntimeError):
@@ -15,13 +21,29 @@ class ReheatError(RuntimeError):
 
 
 class ConfigError(ReheatError, ValueError):
-    """The configuration is wrong; raised before any model is loaded."""
+    """The configuration is wrong; raised before any model is loaded. One line without secrets, whatever it repeats of
+    what was typed."""
 
     on_every_rank = True
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(redact_text(message)))
+
+
+class ModelElsewhereError(ConfigError):
+    """The model's configuration is not to be had on this machine; another one may have it."""
 
 
 class EngineDied(ReheatError):
     """A vLLM engine process ended or stopped answering."""
+
+
+class RankLost(ReheatError):
+    """Another rank of the run has ended, or did not answer in time."""
+
+
+class EngineStuck(EngineDied):
+    """It is there still, and of no use before it was started again."""
 
 
 class WeightSyncError(ReheatError):
@@ -32,5 +54,28 @@ class NonFiniteLossError(ReheatError):
     """The loss or its gradients stayed NaN or infinite for too many steps in a row."""
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, what the operating system refuses to write (a full disk, a lost mount) is one sentence about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # not the operating system's
+            raise
+        raise cannot_write(path, os.strerror(error.errno)) from None
+
+
+def cannot_write(path: Path, reason: str) -> ReheatError:
+    return ReheatError(
+        f"cannot write {path}: {reason}; make room there or change run.folder: what was saved before is whole, and the "
+        "same command goes on from it"
+    )
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text` with everything but `keep` that moves a cursor or cannot be encoded written as an escape."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
 def print_error(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {printable(redact_text(message), keep=chr(10))}", file=sys.stderr, flush=True)

@@ -89,10 +89,15 @@ class MetricSums:
     @classmethod
     def from_wires(cls, wires: Iterable[Mapping[str, list[Any]]]) -> MetricSums:
         """Merges what an all-gather returned; in rank order, so that every rank gets the same bits."""
-        merged = cls()
-        for wire in wires:
-            merged.merge(cls.from_wire(wire))
-        return merged
+        return cls.merged(cls.from_wire(wire) for wire in wires)
+
+    @classmethod
+    def merged(cls, parts: Iterable[MetricSums]) -> MetricSums:
+        """All `parts` in one, in their order; they stay as they are."""
+        total = cls()
+        for part in parts:
+            total.merge(part)
+        return total
 
     def _add(self, name: str, new: _Entry) -> None:
         old = self._entries.get(name)

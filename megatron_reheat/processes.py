@@ -1,4 +1,4 @@
-"""No process of a run outlives the one that started it."""
+"""No process of a run outlives the one that started it, and none but that one ends it in order."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterable
 
 _PR_SET_PDEATHSIG = 1
 
@@ -18,3 +20,26 @@ def die_with_parent(parent_pid: int, who: str, with_signal: signal.Signals = sig
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, with_signal)
     if os.getppid() != parent_pid:
         sys.exit(f"the {who} ended before this process could start")
+
+
+def await_signals(parent_pid: int, others: Iterable[signal.Signals] = (), timeout_s: float | None = None) -> int | None:
+    """For a helper that blocks SIGTERM: waits until its parent asks it to end, or has ended, or one of `others` comes.
+
+    A scheduler that signals every process of a job means the run, which still needs its helpers for the step in progress. The
+    kernel's signal at the parent's death (`die_with_parent`) counts as the parent's.
+
+    Returns:
+        The signal's number, or None after `timeout_s`.
+    """
+    awaited = {signal.SIGTERM, *others}
+    until = None if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        if until is None:
+            got = signal.sigwaitinfo(awaited)
+        else:
+            timely = signal.sigtimedwait(awaited, max(0.0, until - time.monotonic()))
+            if timely is None:
+                return None
+            got = timely
+        if got.si_signo != signal.SIGTERM or got.si_pid == parent_pid or os.getppid() != parent_pid:
+            return got.si_signo

@@ -1,16 +1,19 @@
 """The run folder: where everything a run writes lies, and how its metrics are read back.
 
 config.yaml              resolved configuration
+run.lock                 who writes here now (`run_lock`)
 metrics.jsonl            one object a step: step, stage, round, policy_version, then metrics with slashes
 metrics.discarded.jsonl  lines that a killed process wrote after its last checkpoint
 rollouts/step-000123.jsonl
-checkpoints/  tensorboard/  report/  logs/
+checkpoints/  reference/  tensorboard/  report/  logs/
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +22,10 @@ from typing import Any
 
 import yaml
 
+from megatron_reheat.checkpoint_folder import checkpoint_step, latest_checkpoint
+from megatron_reheat.confidential import redact
 from megatron_reheat.config import Config, dump_config
-from megatron_reheat.errors import ReheatError
+from megatron_reheat.errors import ConfigError, ReheatError, writing
 from megatron_reheat.types import Group
 
 Record = dict[str, Any]
@@ -47,6 +52,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def reference(self) -> Path:
+        """The weights with which RL began, where that was not the model's folder; a Hugging Face folder."""
+        return self.path / "reference"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
@@ -57,6 +67,12 @@ class RunFolder:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def saved_step(self) -> int | None:
+        """The step of the checkpoint that the run would go on from, None before the first."""
+        checkpoint = latest_checkpoint(self.checkpoints)
+        return None if checkpoint is None else checkpoint_step(checkpoint)
 
     def rollouts(self, step: int) -> Path:
         return self.path / "rollouts" / f"step-{step:06d}.jsonl"
@@ -72,6 +88,28 @@ class RunFolder:
             self._write_config(dump_config(config))
         except OSError as error:
             raise self._not_writable(error) from None
+
+    def check(self) -> None:
+        """Refuses a folder that could not be written, and leaves nothing behind.
+
+        Raises:
+            ConfigError: what is there already, or the nearest folder above, cannot be read and written.
+        """
+        nearest = self.path.absolute()
+        try:
+            while not os.path.lexists(nearest):
+                nearest = nearest.parent
+            os.rmdir(tempfile.mkdtemp(prefix=".reheat-", dir=nearest))
+            os.listdir(nearest)
+            for path in (self.checkpoints, self.config, self.metrics):
+                if not os.path.lexists(path):
+                    continue
+                if path != self.checkpoints and not path.is_file():
+                    raise ConfigError(f"run.folder: {path} is not a file; move it away, or change run.folder")
+                if not os.access(path, os.R_OK | os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        except OSError as error:
+            raise ConfigError(f"run.folder: {self._not_writable(error)}") from None
 
     def make_folders(self) -> None:
         """
@@ -89,7 +127,7 @@ class RunFolder:
 
     def _write_config(self, text: str) -> None:
         if self.config.exists():
-            if self.config.read_text() == text:
+            if self.config.read_bytes() == text.encode():
                 return
             number = sum(1 for _ in self.path.glob("config.previous-*.yaml")) + 1
             self.config.replace(self.path / f"config.previous-{number}.yaml")
@@ -121,11 +159,11 @@ class RunFolder:
         """Writes the first `limit` groups for inspection, one completion a line; ungraded ones have a null reward."""
         if limit <= 0 or not groups:
             return
-        # A lone surrogate becomes \udXXX, which is the JSON escape for it.
-        with self.rollouts(step).open("w", encoding="utf-8", errors="backslashreplace") as file:
-            for group in groups[:limit]:
-                for row in _rollout_rows(step, group, decode):
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rows = [row for group in groups[:limit] for row in _rollout_rows(step, group, decode)]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with writing(self.rollouts(step)):
+            # A lone surrogate becomes \udXXX, which is the JSON escape for it.
+            write_atomically(self.rollouts(step), text.encode("utf-8", "backslashreplace"))
 
 
 @dataclass(frozen=True)
@@ -151,24 +189,33 @@ def read_segments(folder: Path) -> list[Segment]:
 
 
 def read_config_tree(folder: Path) -> dict[str, Any]:
-    """The run's config.yaml unvalidated, so that runs of other versions stay readable; empty if there is none."""
-    try:
-        tree = yaml.safe_load(RunFolder(Path(folder)).config.read_text())
-    except FileNotFoundError:
+    """The run's config.yaml unvalidated, so that runs of other versions stay readable; empty if there is none.
+
+    Without secrets, which earlier versions and other hands may have left in it.
+    """
+    path = RunFolder(Path(folder)).config
+    if not path.exists():
         return {}
-    except yaml.YAMLError as error:
-        raise ReheatError(f"{RunFolder(Path(folder)).config} is not valid YAML: {error}") from None
-    return tree if isinstance(tree, dict) else {}
+    try:
+        tree = yaml.safe_load(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ReheatError(f"{path} cannot be read: {reason}; put the run's own back, or move it away") from None
+    return redact(tree) if isinstance(tree, dict) else {}
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces `path` in one go: a reader, or a kill, sees the old content or the new."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _read_segments(folder: Path, seen: tuple[Path, ...]) -> list[Segment]:
@@ -199,7 +246,7 @@ def _find_trunk(folder: Path, fork_from: Path) -> Path | None:
 
 def _read_lines(folder: Path) -> tuple[Record, ...]:
     path = RunFolder(folder).metrics
-    if not path.exists():
+    if not path.is_file():
         raise ReheatError(f"{folder} holds no metrics.jsonl; name the folder of a run that has logged a step")
     lines = path.read_bytes().splitlines()
     records = []

@@ -5,8 +5,10 @@ Only the main rank writes; on the others every call does nothing, so that stages
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +18,9 @@ from typing import Any, Protocol, Self
 
 from rich.console import Console
 
-from megatron_reheat.config import Config
+from megatron_reheat.config import Config, public_tree
 from megatron_reheat.console import StepConsole
-from megatron_reheat.errors import ReheatError
+from megatron_reheat.errors import ReheatError, writing
 from megatron_reheat.run_folder import Record, RunFolder
 from megatron_reheat.types import Group, StageName
 
@@ -73,9 +75,11 @@ class RunLogger:
             self._sinks.append(_WandB(config, folder))
         if config.logging.tensorboard:
             self._sinks.append(_TensorBoard(folder, start_step))
-        discarded = folder.discard_after(start_step)
+        with writing(folder.metrics):
+            discarded = folder.discard_after(start_step)
         is_new = not folder.metrics.exists() or not folder.metrics.stat().st_size
-        self._file = folder.metrics.open("a", encoding="utf-8")
+        # unbuffered: a line that did not get to the disk must not be tried again, on the way out
+        self._file = folder.metrics.open("ab", buffering=0)
         if config.logging.console:
             total = config.sft.steps + config.run.steps if total_steps is None else total_steps
             self._console = StepConsole(total, config.eval.num_samples, console)
@@ -115,7 +119,8 @@ class RunLogger:
             line["event"] = record.event
         self._write(line)
         for sink in self._sinks:
-            sink.step(record, finite)
+            with writing(self._folder.path):
+                sink.step(record, finite)
         if self._console:
             self._console.step(record.step, record.stage, finite)
             if broken:
@@ -153,9 +158,22 @@ class RunLogger:
     ) -> None:
         self.close(exit_code=0 if kind is None else 1)
 
+    def sync(self) -> None:
+        """Before a checkpoint: whoever goes on from it after a power failure finds the lines of the steps before."""
+        if self._is_main:
+            with writing(self._folder.metrics):
+                os.fsync(self._file.fileno())
+
     def _write(self, line: Record) -> None:
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        data = (json.dumps(line, allow_nan=False) + "\n").encode()
+        with writing(self._folder.metrics):
+            size = os.fstat(self._file.fileno()).st_size
+            try:
+                if self._file.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                os.ftruncate(self._file.fileno(), size)  # no half a line
+                raise
 
     def _announce(self, step: int, text: str, style: str) -> None:
         for sink in self._sinks:
@@ -206,7 +224,7 @@ class _WandB:
                 id=_run_id(folder.path / "wandb_id"),
                 resume="allow",
                 dir=folder.path,
-                config=config.model_dump(mode="json"),
+                config=public_tree(config),
             )
         except wandb.Error as error:
             raise ReheatError(

@@ -26,18 +26,18 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.countdown_cpu.make_model import make_model, make_tokenizer
+from megatron_reheat.clock import Clock
 from megatron_reheat.config import load_config
+from megatron_reheat.data.responses import response_text
 from megatron_reheat.losses.policy import policy_loss
 from megatron_reheat.model.engine import Engine
 from megatron_reheat.parallel import topology
 from megatron_reheat.rewards.pool import VerifierPool
 from megatron_reheat.rollout.embedded import EmbeddedEngine
 from megatron_reheat.run_folder import read_metrics
-from megatron_reheat.stages.clock import Clock
 from megatron_reheat.stages.inputs import read_inputs
 from megatron_reheat.stages.policy import Policy
-from megatron_reheat.stages.rlvr import make_train_batch
-from megatron_reheat.types import SamplingParams
+from megatron_reheat.types import At, Collected, SamplingParams
 from scripts.bench_vllm_alone import VLLMAlone
 
 RECIPE = "yaml/countdown_cpu.yaml"
@@ -116,7 +116,7 @@ class Parts:
         # before the model is built beside it, so that the engine is alone on its core as vLLM alone will be
         self.start_s = self.sampler.wait_ready()
         self.verifiers = VerifierPool(self.config.reward)
-        decode = partial(self.inputs.tokenizer.decode, skip_special_tokens=True)
+        decode = partial(response_text, self.inputs.tokenizer, stop_token_ids=self.inputs.stop_token_ids)
         self.engine = Engine(self.config, self.inputs.hf_folder, place)
         self.policy = Policy(self.engine, place, self.sampler, self.verifiers, decode)
         self.policy.publish(0)  # verified, so not timed
@@ -176,7 +176,8 @@ def part_rows(parts: Parts) -> list[Row]:
     median = {key: statistics.median(s[key] for s in seen) for key in seen[0]}
     best = {key: max(s[key] for s in seen) for key in seen[0]}
 
-    batch = make_train_batch(groups, config)
+    at = At(step=1, rl_step=1, stage_step=0, temperature=1.0, seed=0)
+    batch = parts.inputs.method.batch(Collected(groups, groups, [], {}), at)
     score = partial(parts.engine.score, batch, temperature=1.0)
     batch = batch.with_old_logprobs(score().logprobs)
     options = rl.model_dump(include={"clip_low", "clip_high", "dual_clip", "tis_cap", "entropy_coef"})

@@ -6,8 +6,12 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Generator, Iterator
 
 import pytest
+
+from megatron_reheat.large_imports import large_imports
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,6 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    with large_imports():
+        return (yield)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
@@ -31,3 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in gpu_items:
         item.add_marker(pytest.mark.skip(reason="no CUDA device (on a GPU machine: pytest -m gpu)"))
+
+
+@pytest.fixture(autouse=True)
+def signals_are_not_held_beyond_a_test() -> Iterator[None]:
+    """The command line blocks the signals it awaits, for good: later tests, and what they start, would inherit that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)

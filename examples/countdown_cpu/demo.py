@@ -3,22 +3,30 @@
     python examples/countdown_cpu/demo.py [--seed 0] [--arms reheat control] [--steps-after 150] [--fresh]
 
 Every run is an ordinary `reheat train` of a recipe in yaml/; this script only makes the model and the problems, calls them
-one after the other, and puts what they logged into a table. Runs that are already finished are not repeated.
+one after the other, and puts what they logged into a table. Runs that are already finished are not repeated. A signal to end
+is passed on to what is running (Ctrl-C has it save first), and nothing stays behind.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from megatron_reheat.processes import die_with_parent
 from megatron_reheat.run_folder import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +41,9 @@ def main() -> int:
     parser.add_argument("--steps-after", type=int, default=150, help="steps of every arm after the collapse")
     parser.add_argument("--fresh", action="store_true", help="remove this seed's earlier runs first")
     options = parser.parse_args()
+    if options.steps_after < 1:
+        parser.error(f"--steps-after {options.steps_after} must be at least 1")
+    children.follow_signals()
     started = time.monotonic()
 
     folder = ROOT / "runs" / "countdown" / f"seed-{options.seed}"
@@ -81,14 +92,50 @@ def make_inputs(folder: Path, seed: int) -> None:
         run(sys.executable, here / "make_task.py", folder / "task")
 
 
+class Children:
+    """One process at a time, in a group of its own: a terminal's Ctrl-C comes here alone, and is passed on once."""
+
+    def __init__(self) -> None:
+        self._running: subprocess.Popen[bytes] | None = None
+        self._ended_by: int | None = None
+
+    def follow_signals(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._pass_on)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})  # which whoever started this may have left blocked
+
+    def run(self, command: Sequence[str], **options: Any) -> int:
+        """The exit status; exits as well when a signal came meanwhile."""
+        die = partial(die_with_parent, os.getpid(), "demo", signal.SIGTERM)
+        self._running = subprocess.Popen(command, process_group=0, preexec_fn=die, **options)
+        status = self._running.wait()
+        self._running = None
+        if self._ended_by is not None:
+            sys.exit(128 + self._ended_by)
+        return status
+
+    def _pass_on(self, number: int, _: FrameType | None) -> None:
+        if self._running is None:
+            sys.exit(128 + number)
+        self._ended_by = number
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._running.pid, number)
+
+
+children = Children()
+
+
 def reheat(*arguments: str) -> bool:
     """One `reheat` command, shown before it runs."""
     print(f"\n$ reheat {' '.join(arguments)}", flush=True)
-    return subprocess.run([sys.executable, "-m", "megatron_reheat", *arguments], cwd=ROOT).returncode == 0
+    return children.run([sys.executable, "-m", "megatron_reheat", *arguments], cwd=ROOT) == 0
 
 
 def run(*command: Any) -> None:
-    subprocess.run([str(c) for c in command], check=True, stderr=subprocess.DEVNULL)
+    status = children.run([str(c) for c in command], stderr=subprocess.DEVNULL)
+    if status:
+        sys.exit(f"{command[1]} failed with status {status}")
 
 
 def results_table(trunk: list[dict[str, Any]], arms: list[Path], seed: int) -> Table:

@@ -22,7 +22,8 @@ NOT_NEEDED = "not needed without a GPU"
 # package, module, what is used on a GPU without it
 GPU_EXTRAS = (
     ("transformer-engine", "transformer_engine", "Megatron's own layers with torch's SDPA: slower, more memory"),
-    ("apex", "apex", "Transformer Engine's AdamW, or torch's; weight gradients are accumulated in a pass of their own"),
+    ("apex", "apex", "Transformer Engine's AdamW, or torch's"),
+    ("apex's extension", "fused_weight_gradient_mlp_cuda", "weight gradients are accumulated in a pass of their own"),
     ("triton", "triton", "chunked torch instead of the Triton kernels of the vocabulary's sums"),
     ("flash-attn", "flash_attn", "Transformer Engine's cuDNN attention, or torch's SDPA"),
 )
@@ -41,7 +42,7 @@ class Finding:
 def examine(console: Console | None = None) -> int:
     """Prints every finding; returns 1 when something essential is missing, else 0."""
     if console is None:
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False)
         console.width = max(console.width, MIN_WIDTH)
     findings = find_all()
     table = Table("part", "found", "missing: what is used or to be done instead")

@@ -7,17 +7,25 @@ data sheet stands in `Constants`, and `reheat check` prints them next to what pe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError
-from megatron_reheat.model.architecture import Architecture
+from megatron_reheat.methods import MethodChoice, choose_method
+from megatron_reheat.methods.grpo import Costs
+from megatron_reheat.model.architecture import (
+    ENGINE_OVERHEAD_GIB,
+    VALUE_BYTES,
+    Architecture,
+    engine_weight_bytes,
+    kv_cache_bytes,
+)
 from megatron_reheat.model.provider import padded_vocab_size
 
 GIB = 2**30
 NODE_GPUS = 8
-BYTES = {"float32": 4, "bfloat16": 2}
 EULER_GAMMA = 0.5772
 _SLICES = 64
 
@@ -36,8 +44,9 @@ class Constants:
     collective_s: float = 20e-6
     host_copy_bytes_s: float = 4e9
     generation_batches: float = 2.0
-    engine_overhead_gib: float = 2.0
+    engine_overhead_gib: float = ENGINE_OVERHEAD_GIB
     reserved_gib: float = 4.0
+    storage_bytes_s: float = 1e9
 
 
 CONSTANT_TEXTS = {
@@ -53,6 +62,7 @@ CONSTANT_TEXTS = {
     "generation_batches": "rollout batches per RL step under dynamic sampling (half of the groups kept)",
     "engine_overhead_gib": "vLLM: activations and CUDA graphs, GiB",
     "reserved_gib": "CUDA contexts, NCCL buffers and fragmentation, GiB",
+    "storage_bytes_s": "checkpoints: bytes/s between a node and the storage of the run folder",
 }
 
 
@@ -88,6 +98,7 @@ GPUS = {
             host_copy_bytes_s=1e9,
             engine_overhead_gib=0.5,
             reserved_gib=0.5,
+            storage_bytes_s=2e8,
         ),
     ),
 }
@@ -178,8 +189,20 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class FrozenShape:
+    """A model of `rl.samplers`: `share` of a step's sequences are its completions, in the mean over the run."""
+
+    model: Architecture
+    dtype: str
+    share: float
+
+
+@dataclass(frozen=True)
 class Estimate:
-    """A recipe on `num_gpus` devices. Bytes and seconds; `mean_tokens` is the mean response under rollout.max_tokens."""
+    """A recipe on `num_gpus` devices. Bytes and seconds; `mean_tokens` is the mean response under rollout.max_tokens.
+
+    `frozen` are the models that are sampled from besides, whose responses are taken to be as long.
+    """
 
     config: Config
     model: Architecture
@@ -187,6 +210,22 @@ class Estimate:
     num_gpus: int
     mean_tokens: float
     prompt_tokens: float
+    frozen: Mapping[str, FrozenShape] = field(default_factory=dict)
+
+    @cached_property
+    def samplers(self) -> dict[str, Estimate]:
+        """The same run as the engines of each frozen model see it."""
+        return {
+            name: replace(
+                self,
+                model=shape.model,
+                frozen={},
+                config=self.config.model_copy(
+                    update={"rollout": self.config.rollout.model_copy(update={"dtype": shape.dtype})}
+                ),
+            )
+            for name, shape in self.frozen.items()
+        }
 
     # -- batches ---------------------------------------------------------------------------------------------------
 
@@ -210,10 +249,27 @@ class Estimate:
         return self._batch(rl.prompts_per_step, rl.group_size, updates, lengths)
 
     @cached_property
+    def _method(self) -> MethodChoice:
+        return choose_method(self.config)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What a step of `rl.method` takes beyond GRPO's."""
+        return self._method.costs(self.config)
+
+    @property
+    def hinted_batch(self) -> Batch:
+        """The RL batch as a teacher reads it: behind prompts that show a solution about as long as a response, if any."""
+        if self._method.cls.hint(self._method.options) is None:
+            return self.rl_batch
+        hinted = min(self.config.data.max_hinted_prompt_tokens, self.prompt_tokens + self.rl_batch.lengths.mean)
+        return replace(self.rl_batch, prompt_tokens=hinted)
+
+    @cached_property
     def reheat_batch(self) -> Batch:
         """The same responses, cut at reheat.max_tokens."""
         reheat = self.config.reheat
-        lengths = Lengths(self.rl_batch.lengths.scale, reheat.max_tokens)
+        lengths = Lengths(self.rl_batch.lengths.scale, self.config.reheat_tokens)
         return self._batch(reheat.prompts_per_step, reheat.group_size, 1, lengths)
 
     def _batch(self, prompts: int, group_size: int, updates: int, lengths: Lengths) -> Batch:
@@ -226,17 +282,16 @@ class Estimate:
     def memory(self) -> dict[str, float]:
         """Bytes by component on the fullest GPU: the leader of a replica, on its first or last pipeline stage.
 
-        A colocated engine sleeps while the trainer works, so only the larger of the two is there.
+        Colocated engines take turns with the trainer and with each other, so only the largest is there.
         """
         last = self.config.parallel.pipeline - 1
         return max((self._stage_memory(stage) for stage in {0, last}), key=lambda parts: sum(parts.values()))
 
     def _stage_memory(self, stage: int) -> dict[str, float]:
-        c, value = self.config, BYTES[self.config.model.dtype]
+        c, value = self.config, VALUE_BYTES[self.config.model.dtype]
         parameters = self.stage_parameters(stage)
-        # with bf16 weights: float32 master weights and two moments; float32 weights are their own master
         shards = self.num_replicas if c.parallel.distributed_optimizer else 1
-        optimizer = parameters * (12 if value == 2 else 8) / shards
+        optimizer = parameters * self.optimizer_bytes / shards
         parts = {
             f"weights ({c.model.dtype})": float(parameters * value),
             "main gradients (float32)": float(parameters * 4),
@@ -245,16 +300,40 @@ class Estimate:
         training = {f"activations (recompute: {c.model.recompute})": self.activation_bytes(stage)}
         if stage == c.parallel.pipeline - 1:
             training["fused LM head" if c.model.fused_head else "logits"] = self.head_bytes()
-        sampling = {"vLLM: weights": self.engine_weight_bytes, "vLLM: KV cache": self.kv_cache_bytes}
-        overhead = {"vLLM: overhead": self.gpu.constants.engine_overhead_gib * GIB}
+        sampling = [
+            {f"{name}: weights": e.engine_weight_bytes, f"{name}: KV cache": e.kv_cache_bytes}
+            for name, e in {"vLLM": self, **self.samplers}.items()
+        ]
+        overhead = {"vLLM: overhead": len(sampling) * self.gpu.constants.engine_overhead_gib * GIB}
         if c.rollout.mode == "colocated":
-            parts |= max(training, sampling, key=lambda phase: sum(phase.values())) | overhead
+            parts |= max(training, *sampling, key=lambda phase: sum(phase.values())) | overhead
         elif c.rollout.mode == "embedded" and stage == 0:
-            parts |= training | sampling | overhead
+            parts |= training | {name: size for one in sampling for name, size in one.items()} | overhead
         else:
             parts |= training
         parts["reserved"] = self.gpu.constants.reserved_gib * GIB
         return parts
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """A parameter. With bf16 weights: float32 master weights and two moments; float32 weights are their own master."""
+        return 12 if VALUE_BYTES[self.config.model.dtype] == 2 else 8
+
+    def snapshot_bytes(self, stage: int = 0) -> float:
+        """In host memory for each GPU of a pipeline stage, while reheating: the float32 weights that a rollback puts back, of
+        which the distributed optimizer gives each replica its part. Float32 weights are copied whole."""
+        config = self.config
+        sharded = config.parallel.distributed_optimizer and VALUE_BYTES[config.model.dtype] == 2
+        return 4 * self.stage_parameters(stage) / (self.num_replicas if sharded else 1)
+
+    @cached_property
+    def has_reference(self) -> bool:
+        """Whether a frozen reference policy is scored besides (`rl.kl_coef`, or the method's own)."""
+        return choose_method(self.config).needs_reference(self.config)
+
+    def reference_bytes(self, stage: int = 0) -> float:
+        """In host memory for each GPU of a pipeline stage, all through the run: this rank's weights of the reference."""
+        return float(self.stage_parameters(stage) * VALUE_BYTES[self.config.model.dtype]) if self.has_reference else 0.0
 
     def stage_parameters(self, stage: int) -> int:
         """Of one tensor-parallel rank of pipeline stage `stage`, vocabulary padding included."""
@@ -276,7 +355,7 @@ class Estimate:
         # norm inputs and outputs; qkv, rotated q and k, attention output; gate and up, their product
         inside = 4 * m.hidden_size / split
         inside += (3 * m.query_width + 3 * m.kv_width + 3 * m.intermediate_size) / p.tensor
-        token = BYTES[self.config.model.dtype] * p.microbatch_tokens
+        token = VALUE_BYTES[self.config.model.dtype] * p.microbatch_tokens
         layers = m.num_hidden_layers // p.pipeline
         in_flight = p.pipeline - stage
         if self.config.model.recompute == "full":
@@ -284,30 +363,30 @@ class Estimate:
         return token * in_flight * layers * inside
 
     def head_bytes(self) -> float:
-        """Three float32 tensors [chunk, V/TP]; without the fused head the logits [micro-batch, V/TP] as well."""
-        c = self.config
+        """Three float32 tensors [chunk, V/TP] for each vocabulary with a gradient, one for a teacher's; without the fused head
+        the logits [micro-batch, V/TP] as well."""
+        c, tensors = self.config, 3 * (1 + self.costs.heads) + (self.costs.read > 0)
         columns = padded_vocab_size(self.model.vocab_size, c) // c.parallel.tensor
-        chunk = 3 * 4 * min(c.model.head_chunk_tokens, c.parallel.microbatch_tokens) * columns
-        return chunk + (0 if c.model.fused_head else c.parallel.microbatch_tokens * columns * BYTES[c.model.dtype])
+        chunk = tensors * 4 * min(c.model.head_chunk_tokens, c.parallel.microbatch_tokens) * columns
+        return chunk + (
+            0 if c.model.fused_head else c.parallel.microbatch_tokens * columns * VALUE_BYTES[c.model.dtype]
+        )
 
     @property
     def _engine_value_bytes(self) -> int:
-        dtype = self.config.rollout.dtype
-        return BYTES[self.config.model.dtype if dtype == "auto" else dtype]
+        dtype: str = self.config.rollout.dtype
+        return VALUE_BYTES[self.config.model.dtype if dtype == "auto" else dtype]
 
     @property
     def engine_weight_bytes(self) -> float:
         """On each of the engine's GPUs."""
-        return float(self.model.num_parameters * self._engine_value_bytes) / self.config.rollout.tensor
+        return engine_weight_bytes(self.model, self.config.rollout, self.config.model.dtype)
 
     @property
     def kv_cache_bytes(self) -> float:
-        """On each GPU of an engine, what vLLM's share leaves beside its weights, or rollout.kv_cache_mb; may be negative."""
-        rollout, constants = self.config.rollout, self.gpu.constants
-        if rollout.kv_cache_mb:
-            return float(rollout.kv_cache_mb << 20)
-        share = rollout.gpu_memory_utilization * self.gpu.memory_gib - constants.engine_overhead_gib
-        return share * GIB - self.engine_weight_bytes
+        """On each GPU of an engine; may be negative."""
+        c, gpu = self.config, self.gpu
+        return kv_cache_bytes(self.model, c.rollout, c.model.dtype, gpu.memory_gib, gpu.constants.engine_overhead_gib)
 
     @property
     def kv_cache_tokens(self) -> float:
@@ -318,21 +397,48 @@ class Estimate:
     # -- time ------------------------------------------------------------------------------------------------------
 
     def rl_step(self) -> dict[str, float]:
-        """Seconds by phase; grading is not modeled."""
-        batch, rl = self.rl_batch, self.config.rl
-        batches = self.gpu.constants.generation_batches if rl.dynamic_sampling else 1.0
-        update = self.pass_seconds(batch, training=True) + self.optimizer_seconds()
+        """Seconds by phase; grading is not modeled. What the method adds goes by its `costs`. A reference policy costs one more
+        scoring pass, before and after which its weights and the policy's change places."""
+        batch, hinted, costs = self.rl_batch, self.hinted_batch, self.costs
+        batches = self.gpu.constants.generation_batches if self.config.rl.dynamic_sampling else 1.0
+        own = max(
+            1, round(batch.group_size * (1 + min(costs.sampled, 0.0)))
+        )  # frozen models may take some of the group over
+        rollout = batches * (self.rollout_seconds(replace(batch, group_size=own)) + self.frozen_seconds(batch))
+        if costs.sampled > 0:
+            rollout += self.rollout_seconds(replace(batch, prompts=math.ceil(batch.prompts * costs.sampled)))
+        score = (1 + costs.trained) * self.pass_seconds(batch, training=False)
+        score += costs.scored * self.pass_seconds(hinted, training=False)
+        update = (1 + costs.trained) * self.pass_seconds(batch, training=True) + costs.heads * self.head_seconds(batch)
+        update += costs.read * self.pass_seconds(hinted, training=False) + self.optimizer_seconds()
+        score *= batch.minibatches
+        if self.has_reference:
+            score += batch.minibatches * self.pass_seconds(batch, training=False)
+            score += 4 * self.reference_bytes() / self.gpu.constants.host_copy_bytes_s
         return {
-            "rollout": batches * self.rollout_seconds(batch),
-            "score": batch.minibatches * self.pass_seconds(batch, training=False),
+            "rollout": rollout,
+            "score": score,
             "update": batch.minibatches * update,
-            "sync": self.sync_seconds(),
+            "sync": self.sync_seconds() + self.turn_seconds(batches),
         }
+
+    def frozen_seconds(self, batch: Batch) -> float:
+        """What frozen models sample for a generation batch, one after the other."""
+        sizes = {name: max(1, round(batch.group_size * shape.share)) for name, shape in self.frozen.items()}
+        return sum(e.rollout_seconds(replace(batch, group_size=sizes[name])) for name, e in self.samplers.items())
+
+    def turn_seconds(self, batches: float) -> float:
+        """Colocated, a frozen model's weights come from the host and go back for each generation batch, and the policy's are
+        sent again for every one after the first."""
+        if self.config.rollout.mode != "colocated" or not self.frozen:
+            return 0.0
+        copied = 2 * sum(e.engine_weight_bytes for e in self.samplers.values()) / self.gpu.constants.host_copy_bytes_s
+        return batches * copied + (batches - 1) * self.sync_seconds()
 
     def reheat_step(self) -> dict[str, float]:
         """No score phase: the teacher is the student's own logits. The update keeps a copy of the weights on the host."""
         batch = self.reheat_batch
-        snapshot = self.stage_parameters(0) * BYTES[self.config.model.dtype] / self.gpu.constants.host_copy_bytes_s
+        snapshot = self.snapshot_bytes() / self.gpu.constants.host_copy_bytes_s
         update = self.pass_seconds(batch, training=True) + self.optimizer_seconds() + snapshot
         return {"rollout": self.rollout_seconds(batch), "score": 0.0, "update": update, "sync": self.sync_seconds()}
 
@@ -398,15 +504,21 @@ class Estimate:
         if p.tensor > 1:
             # two all-reduces (or their halves) per layer in each of forward, backward and recompute
             reductions = 2 * layers * max(1, passes - 1)
-            volume = 2 * (p.tensor - 1) / p.tensor * m.hidden_size * BYTES[self.config.model.dtype] * tokens
+            volume = 2 * (p.tensor - 1) / p.tensor * m.hidden_size * VALUE_BYTES[self.config.model.dtype] * tokens
             seconds += reductions * (
                 volume / self._link(p.tensor) + count * 2 * (p.tensor - 1) * constants.collective_s
             )
         return seconds * (count + p.pipeline - 1) / count
 
+    def head_seconds(self, batch: Batch) -> float:
+        """The LM head forward and backward over one minibatch's responses, on the last pipeline stage."""
+        p, share = self.config.parallel, batch.lengths.mean / (batch.prompt_tokens + batch.lengths.mean)
+        flops = batch.tokens_per_replica * share * 3 * 2 * self.model.head_parameters / p.tensor
+        return flops / (self.gpu.flops * self.gpu.constants.train_flops)
+
     def optimizer_seconds(self) -> float:
         """Gradient reduction, AdamW on this rank's shard, and the new weights back."""
-        constants, replicas, value = self.gpu.constants, self.num_replicas, BYTES[self.config.model.dtype]
+        constants, replicas, value = self.gpu.constants, self.num_replicas, VALUE_BYTES[self.config.model.dtype]
         parameters = self.stage_parameters(0)
         sharded = self.config.parallel.distributed_optimizer
         # zeroed, accumulated, checked for NaN, measured: four passes over the gradients
@@ -414,6 +526,12 @@ class Estimate:
         volume = parameters * ((4 + value) if sharded else 8) * (replicas - 1) / replicas
         latency = 2 * (replicas - 1) * constants.collective_s
         return touched / self.gpu.memory_bytes_s + volume / self._link(self.num_gpus) + latency
+
+    def save_seconds(self) -> float:
+        """A checkpoint, weights and optimizer: written by all nodes at once, read again by the first for the digests."""
+        size = self.model.num_parameters * (VALUE_BYTES[self.config.model.dtype] + self.optimizer_bytes)
+        nodes = math.ceil(self.num_gpus / NODE_GPUS)
+        return size * (1 + 1 / nodes) / self.gpu.constants.storage_bytes_s
 
     def sync_seconds(self) -> float:
         """Gather on the replica's first rank (and back to the others, colocated), then into the engines."""

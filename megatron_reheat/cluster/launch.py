@@ -6,28 +6,42 @@ one node's share of a run on several: plain torchrun would die of SIGUSR1 and tu
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import signal
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from megatron_reheat.errors import print_error
 from megatron_reheat.processes import die_with_parent
-from megatron_reheat.stop_request import REQUEUE_EXIT_CODE, STOP_SIGNAL, pass_on_stop_signal
+from megatron_reheat.run_folder import RunFolder
+from megatron_reheat.stop_request import (
+    FINISHING,
+    REQUEUE_EXIT_CODE,
+    StopWatch,
+    hold_stop_signals,
+    how_to_go_on,
+    pass_on_stop_signal,
+    stopped_by,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
 _LAUNCHER_PID = "REHEAT_LAUNCHER_PID"
 RUN_ID_PREFIX = "reheat-"
-STOPPED = "stopped by {}; the same command goes on from the latest checkpoint"
 # Nodes notice the end of their ranks within torchrun's monitoring interval (0.1 s) of each other. The first to notice stays
 # this much longer: leaving at once, it would take the rendezvous away from nodes that are about to notice.
 SETTLE_S = 5.0
+KILL_WAIT_S = 5.0
+# A rank that somebody stopped (SIGSTOP) would keep the others waiting until a collective's own time is over.
+STOPPED_LIMIT_S = 60
+LOOK_EVERY_S = 1.0
 
 
 def is_launched() -> bool:
@@ -37,12 +51,39 @@ def is_launched() -> bool:
 
 def end_with_launcher() -> None:
     """For a rank. torchrun's workers are sessions of their own: a launcher that is killed would leave them training."""
-    die_with_parent(int(os.environ[_LAUNCHER_PID]), "launcher")
+    if is_launched():
+        die_with_parent(int(os.environ[_LAUNCHER_PID]), "launcher")
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(os.getppid(), "launcher")
 
 
-def launch_here(num_processes: int, arguments: Sequence[str]) -> int:
-    """Runs `reheat ARGUMENTS` on `num_processes` ranks of this machine; returns the exit status."""
+def is_launchers_own(sender: int) -> bool:
+    """For a rank: whether the process that sent SIGTERM is its launcher, which so ends the other ranks when one has failed.
+
+    Another torchrun passes on a SIGTERM of its own in the same way; what tells the two apart is whether all ranks of the node
+    are there.
+    """
+    if is_launched():
+        return sender == int(os.environ[_LAUNCHER_PID])
+    if sender != os.getppid() or "LOCAL_WORLD_SIZE" not in os.environ:
+        return False
+    import psutil
+
+    alive = 0
+    with contextlib.suppress(psutil.Error):  # torchrun itself is gone
+        for child in psutil.Process(sender).children():
+            with contextlib.suppress(psutil.Error):  # ended while it was looked at
+                alive += child.status() != psutil.STATUS_ZOMBIE
+    return alive < int(os.environ["LOCAL_WORLD_SIZE"])
+
+
+def launch_here(num_processes: int, arguments: Sequence[str], folder: RunFolder, grace_s: float) -> int:
+    """Runs `reheat ARGUMENTS`, which write to `folder`, on `num_processes` ranks of this machine; returns the exit status.
+
+    `hold_stop_signals` comes before. SIGTERM leaves `grace_s` seconds for the step in progress and the save.
+    """
     pass_on_stop_signal()
+    StopWatch(partial(stopped_by, folder=folder), FINISHING, grace_s, _kill_ranks).start()
     from torch.distributed.launcher.api import LaunchConfig
 
     config = LaunchConfig(
@@ -55,13 +96,24 @@ def launch_here(num_processes: int, arguments: Sequence[str]) -> int:
         monitor_interval=0.2,
         max_restarts=0,  # a restart would only meet the same error; engines are restarted by `Policy`
     )
-    return _launch(config, sys.executable, ["-m", "megatron_reheat", *arguments])
+    return _launch(config, sys.executable, ["-m", "megatron_reheat", *arguments], folder)
+
+
+def _kill_ranks() -> None:
+    """What they have started ends with them."""
+    import psutil
+
+    ranks = psutil.Process().children()
+    for rank in ranks:
+        rank.kill()
+    psutil.wait_procs(ranks, timeout=KILL_WAIT_S)
 
 
 def main(torchrun_arguments: Sequence[str] | None = None) -> int:
-    """One node's share. SIGTERM asks the ranks to save and end too: what ends a job slowly may end it in order."""
+    """One node's share. The grace time after SIGTERM is the scheduler's here: ranks of other nodes count on these."""
+    hold_stop_signals()
     pass_on_stop_signal()
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), STOP_SIGNAL))
+    StopWatch(stopped_by, FINISHING, end_others=_kill_ranks).start()
     from torch.distributed import run as torchrun
 
     parsed = torchrun.parse_args(torchrun_arguments)
@@ -75,9 +127,14 @@ def main(torchrun_arguments: Sequence[str] | None = None) -> int:
 
 
 def _launch(
-    config: LaunchConfig, command: Callable[..., Any] | str, arguments: Sequence[str], *, settle_s: float = 0.0
+    config: LaunchConfig,
+    command: Callable[..., Any] | str,
+    arguments: Sequence[str],
+    folder: RunFolder | None = None,
+    *,
+    settle_s: float = 0.0,
 ) -> int:
-    """The first failing rank's error is printed in place of torchrun's report."""
+    """The first failing rank's error is printed in place of torchrun's report. `folder` is where the run saves, if known."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -85,23 +142,55 @@ def _launch(
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ[_LAUNCHER_PID] = str(os.getpid())
+    watch = _RankWatch()
+    watch.start()
     try:
         elastic_launch(config, command)(*arguments)
     except ChildFailedError as failed:
         if any(failure.exitcode == REQUEUE_EXIT_CODE for failure in failed.failures.values()):
-            # all is saved. The first node to leave has srun end the others, and Python drops handlers before it exits.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            # all is saved
             time.sleep(settle_s)  # in here: the error holds the rendezvous, which the other nodes still ask
             return REQUEUE_EXIT_CODE
         rank, failure = failed.get_first_failure()
-        has_report = failure.error_file_data.get("message") == failure.message
-        if has_report or failure.exitcode < 0:  # else it is a bug, and the rank has printed its traceback
-            print_error(failure.message if has_report else f"rank {rank} ended: {failure.message}")
+        if watch.ended:
+            print_error(f"{watch.ended}; {how_to_go_on(folder)}")
+        elif failure.error_file_data.get("message") == failure.message:
+            print_error(failure.message)
+        elif failure.exitcode < 0:  # else it is a bug, and the rank has printed its traceback
+            print_error(f"rank {rank} ended: {failure.message}; {how_to_go_on(folder)}")
         return 1
     except SignalException as signalled:
-        print_error(STOPPED.format(signalled.sigval.name))
+        print_error(stopped_by(signalled.sigval.name, folder))
         return 128 + signalled.sigval
     return 0
+
+
+class _RankWatch(threading.Thread):
+    """Ends a rank that has been stopped (SIGSTOP) for `STOPPED_LIMIT_S` seconds, and with it the others; `ended` tells why."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.ended = ""
+
+    def run(self) -> None:
+        import psutil
+
+        looks: dict[
+            psutil.Process, int
+        ] = {}  # as many in a row: they stop with this process when a whole job is suspended
+        while not self.ended:
+            time.sleep(LOOK_EVERY_S)
+            with contextlib.suppress(psutil.Error):
+                stopped = [rank for rank in psutil.Process().children() if rank.status() == psutil.STATUS_STOPPED]
+                looks = {rank: looks.get(rank, 0) + 1 for rank in stopped}
+                for rank in stopped:
+                    if looks[rank] * LOOK_EVERY_S >= STOPPED_LIMIT_S:
+                        number = rank.environ().get("RANK", "?")
+                        self.ended = (
+                            f"rank {number} (process {rank.pid}) had been stopped (SIGSTOP) for {STOPPED_LIMIT_S} s and was "
+                            "ended, and the others with it"
+                        )
+                        rank.kill()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -16,13 +17,18 @@ from megatron_reheat.cluster.estimate import (
     NODE_GPUS,
     Batch,
     Estimate,
+    FrozenShape,
+    Gpu,
 )
 from megatron_reheat.cluster.published import comparisons
-from megatron_reheat.config import Config
+from megatron_reheat.config import Config, ModelConfig, apply_override, parse_config
 from megatron_reheat.errors import ConfigError
+from megatron_reheat.methods import choose_method
 from megatron_reheat.model.architecture import read_architecture
-from megatron_reheat.model.provider import check_layout
-from megatron_reheat.stages.inputs import context_length
+from megatron_reheat.model.hf_reader import HFReader
+from megatron_reheat.model.hf_weights import saved_dtype
+from megatron_reheat.model.provider import check_layout, is_local, resolve_hf_folder
+from megatron_reheat.stages.inputs import context_length, read_frozen, read_model, speaks_in_turns
 
 MAX_GPUS = 1024
 # of scaling: at the knee more than half of the added GPUs still pay
@@ -48,23 +54,32 @@ def check(
         mean_tokens: mean response length under rollout.max_tokens; by default a quarter of it, at most 2048.
 
     Raises:
-        ConfigError: the recipe, the layout or the memory does not work out; the message names the key to change.
+        ConfigError: the recipe, the model's folder, the layout or the memory does not work out; the message names the key
+            to change.
     """
     estimate = make_estimate(config, gpus=gpus, gpu=gpu, mean_tokens=mean_tokens)
+    not_checked = "data"
+    if is_local(config.model.hf_path):
+        policy = read_model(config.model, chat=speaks_in_turns(config))
+        for name, folder in config.rl.samplers.items():
+            if is_local(folder):
+                read_frozen(config, name, policy)
+    else:
+        not_checked += ", tokenizer, weights"  # which would have to be downloaded
     if console is None:
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False)
         console.width = max(console.width, MIN_WIDTH)
     _print_header(console, estimate, gpu)
     console.print(_batch_table(estimate))
     console.print(_memory_table(estimate))
-    _check_memory(estimate, gpu)
+    require_fit(estimate, gpu)
     console.print(_time_table(estimate))
     _print_duration(console, estimate)
     console.print(_scaling_table(estimate))
     console.print(_published_table(estimate))
     console.print(_constants_table(estimate, gpu))
     console.print(
-        "All figures are estimates. Not checked: data, tokenizer, weights. Not modeled: grading, evaluation, checkpoints."
+        f"All figures are estimates. Not checked: {not_checked}. Not modeled: grading, evaluation, checkpoints."
     )
 
 
@@ -74,6 +89,12 @@ def make_estimate(
     """The validated estimate of `config`; see `check`."""
     if gpu not in GPUS:
         raise ConfigError(f"--gpu {gpu} is not known; use one of {', '.join(GPUS)}")
+    choose_method(config)
+    return estimate_on(GPUS[gpu], config, gpus=gpus, mean_tokens=mean_tokens)
+
+
+def estimate_on(gpu: Gpu, config: Config, *, gpus: int | None = None, mean_tokens: float | None = None) -> Estimate:
+    """The same for any device."""
     p = config.parallel
     model_parallel = p.tensor * p.pipeline
     if gpus is None:
@@ -81,7 +102,7 @@ def make_estimate(
     if gpus < 1:
         raise ConfigError(f"--gpus {gpus} must be at least 1")
     config.data_parallel(gpus)
-    if p.tensor > NODE_GPUS:
+    if p.tensor > NODE_GPUS and gpu is not GPUS["cpu"]:
         raise ConfigError(
             f"parallel.tensor {p.tensor} exceeds the {NODE_GPUS} GPUs of a node, between which it communicates in every "
             "layer; lower it and raise parallel.pipeline"
@@ -92,39 +113,93 @@ def make_estimate(
     cap = config.rollout.max_tokens
     mean = min(cap / 4, MAX_MEAN_TOKENS) if mean_tokens is None else mean_tokens
     prompt = min(config.data.max_prompt_tokens, MEAN_PROMPT_TOKENS)
-    estimate = Estimate(config, model, GPUS[gpu], gpus, mean, prompt)
+    estimate = Estimate(config, model, gpu, gpus, mean, prompt, frozen_shapes(config))
     _ = estimate.rl_batch  # refuses an impossible mean
     return estimate
 
 
-def _check_memory(estimate: Estimate, gpu: str) -> None:
-    """Raises ConfigError when vLLM cannot start, or the parts exceed the device."""
+def frozen_shapes(config: Config) -> dict[str, FrozenShape]:
+    """The models of `rl.samplers`; bfloat16 where a folder's weights are not at hand."""
+    if not config.rl.samplers:
+        return {}
+    shares, shapes = choose_method(config).costs(config).frozen, {}
+    for name, path in config.rl.samplers.items():
+        source = ModelConfig(hf_path=path)
+        try:
+            model = read_architecture(source)
+        except ConfigError as error:
+            raise type(error)(f"rl.samplers.{name}: {str(error).removeprefix('model.hf_path: ')}") from None
+        dtype = saved_dtype(HFReader(resolve_hf_folder(source))) if is_local(path) else "bfloat16"
+        shapes[name] = FrozenShape(model, dtype, shares.get(name, 1.0))
+    return shapes
+
+
+def require_fit(estimate: Estimate, gpu: str) -> None:
+    """What `reheat check`, `reheat slurm` and a start on GPUs ask of memory. `gpu` is how the device is called.
+
+    Raises:
+        ConfigError: vLLM could not start, or the parts exceed the device; the message says what would fit.
+    """
     config = estimate.config
     longest = context_length(config, estimate.model.max_position_embeddings)
-    if estimate.kv_cache_tokens < longest:
-        key = "rollout.kv_cache_mb" if config.rollout.kv_cache_mb else "rollout.gpu_memory_utilization"
-        raise ConfigError(
-            f"vLLM's share of {gpu} leaves a KV cache of {max(0, int(estimate.kv_cache_tokens)):,} tokens beside "
-            f"{estimate.engine_weight_bytes / GIB:.1f} GiB of weights, less than one sequence of {longest:,}; raise {key} or "
-            "lower rollout.max_tokens"
-        )
+    key = "rollout.kv_cache_mb" if config.rollout.kv_cache_mb else "rollout.gpu_memory_utilization"
+    served = {f" for {name}" for name, urls in config.rl.sampler_servers.items() if urls}
+    served |= {""} if config.rollout.servers else set()
+    for whose, e in {"": estimate, **{f" for {name}": e for name, e in estimate.samplers.items()}}.items():
+        if e.kv_cache_tokens < longest and whose not in served:  # whose devices are not known here
+            raise ConfigError(
+                f"vLLM's share of {gpu}{whose} leaves a KV cache of {max(0, int(e.kv_cache_tokens)):,} tokens beside "
+                f"{e.engine_weight_bytes / GIB:.1f} GiB of weights, less than one sequence of {longest:,}; raise {key}, "
+                f"lower rollout.max_tokens, or split the engine (rollout.mode=colocated, rollout.tensor above "
+                f"{config.rollout.tensor})"
+            )
     total = sum(estimate.memory().values()) / GIB
     if total > estimate.gpu.memory_gib:
         raise ConfigError(
-            f"about {total:.1f} GiB are needed on a {gpu} of {estimate.gpu.memory_gib:g}; {_memory_advice(estimate)}"
+            f"about {total:.1f} GiB are needed on a {gpu} of {estimate.gpu.memory_gib:.4g}; {_memory_advice(estimate, total)}"
         )
 
 
-def _memory_advice(estimate: Estimate) -> str:
-    config, advice = estimate.config, []
-    if config.model.recompute != "full":
-        advice.append("set model.recompute=full")
-    if not config.model.fused_head:
-        advice.append("set model.fused_head=true")
-    longest = context_length(config, estimate.model.max_position_embeddings)
-    if config.parallel.microbatch_tokens > longest:
-        advice.append(f"lower parallel.microbatch_tokens (not below {longest})")
-    return ", ".join([*advice, "raise parallel.tensor", "or lower rollout.gpu_memory_utilization"])
+def _memory_advice(estimate: Estimate, total: float) -> str:
+    """The single changes that make it fit, each with what it needs then; where there is none, what helps."""
+    needed = {change: gib for change in _changes(estimate, total) if (gib := _changed_gib(estimate, change)) < total}
+    if enough := {change: gib for change, gib in needed.items() if gib <= estimate.gpu.memory_gib}:
+        return f"set {' or '.join(f'{change} ({gib:.1f} GiB)' for change, gib in enough.items())}"
+    helpful = ", ".join(f"{change} ({gib:.1f} GiB)" for change, gib in needed.items())
+    return f"set several of {helpful}, or use more GPUs" if needed else "use larger GPUs"
+
+
+def _changes(estimate: Estimate, total: float) -> Iterator[str]:
+    """Overrides that may lower what the fullest GPU holds, those with the least cost in time first."""
+    config, memory = estimate.config, estimate.gpu.memory_gib
+    p, utilization = config.parallel, config.rollout.gpu_memory_utilization
+    yield "model.fused_head=true"
+    yield "parallel.distributed_optimizer=true"
+    yield "model.recompute=full"
+    yield f"parallel.microbatch_tokens={context_length(config, estimate.model.max_position_embeddings)}"
+    if config.rollout.mode == "embedded":
+        yield "rollout.mode=colocated"
+    if config.rollout.mode != "server" and (lower := math.floor(100 * (utilization - total / memory + 1)) / 100) > 0:
+        yield f"rollout.gpu_memory_utilization={lower:g}"
+    while (tensor := 2 * p.tensor) <= min(NODE_GPUS, estimate.num_gpus // p.pipeline):
+        p = p.model_copy(update={"tensor": tensor, "data": p.data and p.data // 2})
+        yield f"parallel.tensor={tensor}" + (f" parallel.data={p.data}" if p.data else "")
+
+
+def _changed_gib(estimate: Estimate, change: str) -> float:
+    """GiB on the fullest GPU after overrides, infinite where they cannot be."""
+    tree = estimate.config.model_dump()
+    try:
+        for override in change.split():
+            apply_override(tree, override)
+        changed = dataclasses.replace(estimate, config=parse_config(tree))
+        check_layout(changed.model, changed.config)
+        changed.config.data_parallel(changed.num_gpus)
+        choose_method(changed.config)
+    except ConfigError:
+        return math.inf
+    longest = context_length(changed.config, changed.model.max_position_embeddings)
+    return sum(changed.memory().values()) / GIB if changed.kv_cache_tokens >= longest else math.inf
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -138,6 +213,7 @@ def _print_header(console: Console, e: Estimate, gpu: str) -> None:
         f"{e.num_gpus} x {gpu} ({nodes} node{'s' * (nodes > 1)} of up to {NODE_GPUS}): tensor {p.tensor} x pipeline "
         f"{p.pipeline} x data {e.num_replicas}; {_engines(e)}"
     )
+    console.print(_method(e))
     idle = e.num_gpus - e.num_replicas
     if idle and gpu != "cpu" and e.config.rollout.mode == "embedded":
         console.print(
@@ -149,6 +225,21 @@ def _print_header(console: Console, e: Estimate, gpu: str) -> None:
             f"note: {e.num_engines} engines share rl.prompts_per_step {e.rl_batch.prompts} prompts: "
             f"{e.num_engines - e.rl_batch.prompts} engines have nothing to sample in an RL step"
         )
+
+
+def _method(e: Estimate) -> str:
+    costs = e.costs
+    changes = {
+        "more completions sampled": max(costs.sampled, 0.0),
+        "fewer completions sampled of the policy": -min(costs.sampled, 0.0),
+        **{f"sampled from {name} ({path})": costs.frozen.get(name, 1.0) for name, path in e.config.rl.samplers.items()},
+        "more sequences trained on": costs.trained,
+        "of the sequences scored once more": costs.scored,
+        "of the sequences read by a teacher in the updates": costs.read,
+        "of the LM head's work once more": costs.heads,
+    }
+    parts = [f"{x:.3g}x {what}" if x > 1 else f"{x:.0%} {what}" for what, x in changes.items() if x]
+    return f"method {Path(e.config.rl.method).name}, beyond GRPO's step: {', '.join(parts) or 'nothing'}"
 
 
 def _engines(e: Estimate) -> str:
@@ -198,6 +289,20 @@ def _memory_table(e: Estimate) -> Table:
         table.add_row(name, f"{size / GIB:.2f}")
     table.add_section()
     table.add_row(f"total of {e.gpu.memory_gib:g}", f"{sum(parts.values()) / GIB:.2f}")
+    on_host = {"weights for a rollback": e.snapshot_bytes} if e.config.controller.action == "reheat" else {}
+    on_host |= {"the reference policy": e.reference_bytes} if e.has_reference else {}
+    stages = (0, e.config.parallel.pipeline - 1)
+    held = {name: max(map(size, stages)) / GIB for name, size in on_host.items()}
+    if held:
+        on_node = min(NODE_GPUS, e.num_gpus)
+        table.add_section()
+        for name, size in held.items():
+            table.add_row(f"host memory: {name}", f"{size:.2f}")
+        table.add_row(f"for all {on_node} GPUs of a node", f"{sum(held.values()) * on_node:.2f}")
+    if e.samplers and e.config.rollout.mode == "colocated":
+        table.add_section()
+        for name, frozen in e.samplers.items():
+            table.add_row(f"host memory: {name} while it sleeps", f"{frozen.engine_weight_bytes / GIB:.2f}")
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_reheat.cluster.template import JobTemplate
+from megatron_reheat.confidential import TOKEN_VARIABLE
 
 # servers that were asked to end need a few seconds to remove their shared memory
 GRACE_S = 30
@@ -17,14 +18,16 @@ TEXTS = {
     "start_servers": """
 # vLLM servers on the nodes of the second part; what they print is in $logs/rollout-N.log and $logs/vllm-*.log. The SIGTERM of
 # scancel reaches all nodes: they ignore it, because the trainer may need them until it has saved.
+# A secret of this job, for the servers and the trainer; srun hands it on with the environment, and nothing writes it down.
+export @@{token}=${@@{token}:-$(head -c 24 /dev/urandom | od -An -v -tx1 | tr -d ' \\n')}
 servers=''
 for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_1"); do
     for ((k = 1; k <= @@{servers_per_node}; k++)); do servers+=${servers:+,}http://$node:$((port + k)); done
 done
 srun --het-group=1 --kill-on-bad-exit=1 --cpu-bind=none --open-mode=append --output="$logs/rollout-%n.log"@@{srun_options} \\
     bash -c 'trap "" TERM; exec "$@"' serve \\
-    @@{python} -m megatron_reheat serve "${run[@]}" --servers @@{servers_per_node} --port $((port + 1)) \\
-    --log-folder "$logs" &
+    @@{python} -m megatron_reheat serve "${run[@]}" --host 0.0.0.0 --servers @@{servers_per_node} \\
+    --port $((port + 1)) --log-folder "$logs" &
 serving=$!
 run+=("rollout.servers=[$servers]")
 """,
@@ -53,5 +56,6 @@ def rollout_texts(
         "python": python,
         "srun_options": srun_options,
         "grace_s": GRACE_S,
+        "token": TOKEN_VARIABLE,
     }
     return {name: JobTemplate(text).substitute(values) for name, text in TEXTS.items()}

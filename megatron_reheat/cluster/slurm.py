@@ -9,13 +9,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_reheat.cluster.estimate import Estimate
+from megatron_reheat.cluster.notice import MIN_NOTICE_S, check_against_limit, notice_for
+from megatron_reheat.cluster.preflight import make_estimate, require_fit
 from megatron_reheat.cluster.rollout_nodes import TEXTS, rollout_texts
 from megatron_reheat.cluster.template import JobTemplate
+from megatron_reheat.confidential import holds_secret
 from megatron_reheat.config import Config, load_config
-from megatron_reheat.errors import ConfigError, ReheatError
+from megatron_reheat.errors import ConfigError, ModelElsewhereError, ReheatError
 from megatron_reheat.stop_request import REQUEUE_EXIT_CODE
 
 TEMPLATE = Path(__file__).parent / "job.sbatch.template"
+FORCE = "--force"
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class JobRequest:
 
     `arms` are further recipes beside `config`; with `seeds`, every recipe runs once per seed. Each of these runs is one task
     of a job array. `cpu_tasks` replaces GPUs by that many processes a node. `rollout_nodes` are nodes of vLLM servers, beside
-    `nodes`; empty `servers_per_node` is as many as a node has GPUs for.
+    `nodes`; empty `servers_per_node` is as many as a node has GPUs for. `gpu` is the kind whose memory the runs must fit,
+    unless `force`. Empty `notice_s` follows from the estimate.
     """
 
     config: Path
@@ -42,7 +48,9 @@ class JobRequest:
     time: str | None = None
     container: str | None = None
     venv: Path | None = None
-    notice_s: int = 120
+    gpu: str = "h100-80g"
+    force: bool = False
+    notice_s: int | None = None
     logs: Path = Path("runs/slurm")
     template: Path = TEMPLATE
 
@@ -57,15 +65,19 @@ class JobRequest:
 
 @dataclass(frozen=True)
 class Job:
+    """`notes` are for whoever submits it."""
+
     name: str
     script: str
+    notes: Sequence[str] = ()
 
 
 def make_job(request: JobRequest) -> Job:
     """Checks every run of the job and writes the script's text; touches no file.
 
     Raises:
-        ConfigError: a recipe is wrong, does not fit nodes x processes, or would write into another one's run folder.
+        ConfigError: a recipe is wrong, does not fit nodes x processes or the GPUs' memory, or would write into another one's
+            run folder; or the notice is longer than the job.
     """
     _check(request)
     runs = [_arguments(*run, request) for run in _runs(request)]
@@ -73,6 +85,7 @@ def make_job(request: JobRequest) -> Job:
     _check_folders(configs)
     for config in configs:
         _check_rollout(config, request)
+    notice_s, notes = _notice(configs, request)
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in _run_name(request.config, request))
     try:
         script = JobTemplate(request.template.read_text()).substitute(
@@ -80,7 +93,7 @@ def make_job(request: JobRequest) -> Job:
             job_name=name,
             nodes=request.nodes,
             options="\n".join(f"#SBATCH --{option}" for option in _sbatch_options(request, len(runs))),
-            signal=f"B:USR1@{request.notice_s}",
+            signal=f"B:USR1@{notice_s}",
             runs="\n".join(f"    {i}) run=({shlex.join(run)}) ;;" for i, run in enumerate(runs)),
             logs=shlex.quote(str(request.logs)),
             environment=f"source {shlex.quote(str(request.venv))}/bin/activate" if request.venv else "",
@@ -88,15 +101,16 @@ def make_job(request: JobRequest) -> Job:
             srun_options=_container_options(request),
             python=request.python,
             per_node=request.per_node,
+            train_options=_train_options(request),
             **_rollout_texts(configs[0], request),
         )
     except OSError as error:
-        raise ConfigError(f"--template {request.template} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"--template {request.template} cannot be read: {error.strerror}; correct the path") from None
     except KeyError as error:
         raise ConfigError(f"--template {request.template}: unknown placeholder @@{{{error.args[0]}}}") from None
     except ValueError as error:
         raise ConfigError(f"--template {request.template}: {error}; write @@@@ for a literal @@") from None
-    return Job(name, script)
+    return Job(name, script, notes)
 
 
 def write_job(job: Job, path: Path, logs: Path) -> None:
@@ -136,11 +150,84 @@ def _check(request: JobRequest) -> None:
     for option, number in {**numbers, "--requeue-signal-s": request.notice_s}.items():
         if number is not None and number < 1:
             raise ConfigError(f"{option} {number} must be at least 1")
+    names = ("config", "partition", "account", "time", "container", "venv", "logs", "template", "arms")
+    texts = {name: str(getattr(request, name)) for name in names}
+    overrides = {override.partition("=")[0]: override for override in request.overrides}
+    for name, text in {**{f"--{name}": text for name, text in texts.items()}, **overrides}.items():
+        if not text.isprintable():
+            raise ConfigError(
+                f"{name} must not hold line breaks or other control characters: a line of a script is one line"
+            )
+    for key, override in overrides.items():
+        if holds_secret(key, override.partition("=")[2]):
+            raise ConfigError(
+                f"{key} holds a secret, which the script would show; give it in the environment (HF_TOKEN, "
+                "AWS_SECRET_ACCESS_KEY, ...) or in a recipe that only you can read"
+            )
     for option, value in (("--seeds", request.seeds), ("--arms", request.arms)):
         if len(set(value)) < len(value):
             raise ConfigError(f"{option} names one of its values twice; name each once")
-    if request.notice_s > 65535:
-        raise ConfigError(f"--requeue-signal-s {request.notice_s} is above Slurm's limit of 65535 seconds")
+
+
+def _notice(configs: Sequence[Config], request: JobRequest) -> tuple[int, list[str]]:
+    """Seconds of the notice that is long enough for every run, and what to say about it. Refuses runs that do not fit."""
+    estimates, notes = [], []
+    for config in configs:
+        try:
+            estimates.append(_estimate(config, request))
+        except ModelElsewhereError as error:
+            notes.append(
+                f"memory and notice are not estimated, because the model is not on this machine ({error}); the job checks "
+                "its memory when it starts"
+            )
+    notice, why = MIN_NOTICE_S, ""
+    for estimate in estimates:
+        if request.cpu_tasks is None and not request.force:
+            try:
+                require_fit(estimate, request.gpu)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"{estimate.config.run.name}: {error}; --gpu names another kind, {FORCE} submits it all the same"
+                ) from None
+        notice, why = max((notice, why), notice_for(estimate), key=lambda n: n[0])
+    if request.notice_s is not None:
+        notice, what = request.notice_s, f"--requeue-signal-s {request.notice_s}"
+    else:
+        what = f"the notice of {notice} s{f' ({why})' if why else ''}"
+        notes += [f"{what} before the job's end; --requeue-signal-s changes it"] if why else []
+    check_against_limit(notice, what, request.time)
+    return notice, list(dict.fromkeys(notes))
+
+
+def _estimate(config: Config, request: JobRequest) -> Estimate:
+    """Of the trainer's nodes, with all the servers of the others.
+
+    Raises:
+        ModelElsewhereError: its numbers are not to be had from here.
+    """
+    if request.rollout_nodes is not None:
+        servers = request.rollout_nodes * _servers_per_node(config, request)
+        rollout = config.rollout.model_copy(update={"num_servers": servers})
+        config = config.model_copy(update={"rollout": rollout})
+    kind = request.gpu if request.cpu_tasks is None else "cpu"
+    return make_estimate(config, gpus=request.nodes * request.per_node, gpu=kind)
+
+
+def _servers_per_node(config: Config, request: JobRequest) -> int:
+    on_cpu = request.cpu_tasks is not None
+    return request.servers_per_node or (1 if on_cpu else request.gpus_per_node // config.rollout.tensor)
+
+
+def _train_options(request: JobRequest) -> str:
+    """With a leading space."""
+    if not request.force:
+        return ""
+    if "@@{train_options}" not in request.template.read_text():
+        raise ConfigError(
+            f"--template {request.template} has no @@{{train_options}}, which {FORCE} needs; put it where the package's "
+            "job.sbatch.template has it"
+        )
+    return f" {FORCE}"
 
 
 def _runs(request: JobRequest) -> Iterator[tuple[Path, int | None]]:
@@ -226,10 +313,9 @@ def _rollout_texts(config: Config, request: JobRequest) -> dict[str, str]:
                 f"--template {request.template} has no @@{{{name}}}, which --rollout-nodes needs; put it where the "
                 "package's job.sbatch.template has it"
             )
-    on_cpu = request.cpu_tasks is not None
     return rollout_texts(
         [f"nodes={request.rollout_nodes}", "ntasks-per-node=1", *_node_options(request), "requeue"],
-        request.servers_per_node or (1 if on_cpu else request.gpus_per_node // config.rollout.tensor),
+        _servers_per_node(config, request),
         python=request.python,
         srun_options=_container_options(request),
     )

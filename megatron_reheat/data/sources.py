@@ -1,4 +1,4 @@
-"""Records (plain dictionaries) from reasoning-gym, JSONL files and Hugging Face datasets.
+"""Records from files, reasoning-gym and Hugging Face datasets.
 
 Third-party imports happen inside the functions: a run pays only for the source it names.
 """
@@ -6,35 +6,46 @@ Third-party imports happen inside the functions: a run pays only for the source 
 from __future__ import annotations
 
 import difflib
-import itertools
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from megatron_reheat.config import DataConfig
+from megatron_reheat.config import DataConfig, shown
+from megatron_reheat.data.arrow import read_dataset
+from megatron_reheat.data.files import read_file
+from megatron_reheat.data.records import Joined, Record, Records, Spooled
 from megatron_reheat.errors import ConfigError
-
-Record = dict[str, Any]
+from megatron_reheat.files import problem_of_folder
 
 # reasoning-gym makes problem i of seed s from s + i, so that neighbouring seeds share all but one problem.
 _SEED_STRIDE = 1_000_003
 _SEED_LIMIT = 2**31
 
 
-def read_records(config: DataConfig, seed_offset: int = 0) -> Iterator[Record]:
-    """The first `config.size` records of the configured source, or all of them.
+def read_records(config: DataConfig, seed_offset: int = 0, section: str = "data") -> Records:
+    """All records of the configured source; `config.size` limits only what reasoning-gym makes.
 
     Raises:
-        ConfigError: naming the key or `file:line` at fault.
+        ConfigError: naming the key (of the recipe's `section`) or `file:line` at fault.
     """
     if config.source == "reasoning_gym":
-        return _reasoning_gym_records(config, seed_offset)
-    reader = SOURCES[config.source]
-    return itertools.islice(reader(config), config.size)
+        return Spooled(_reasoning_gym_records(config, seed_offset, section))
+    if config.path is None:
+        return read_dataset(config, section)
+    if isinstance(config.path, str) and _is_folder(config.path, section):
+        return read_dataset(config, section)
+    paths = [config.path] if isinstance(config.path, str) else config.path
+    kind = ".jsonl" if config.source == "jsonl" else None
+    parts = [read_file(Path(path), section=section, options=config.options, kind=kind) for path in paths]
+    return parts[0] if len(parts) == 1 else Joined(parts)
 
 
-def _reasoning_gym_records(config: DataConfig, seed_offset: int) -> Iterator[Record]:
+def _is_folder(path: str, section: str) -> bool:
+    if problem := problem_of_folder(Path(path)):
+        raise ConfigError(f"{section}.path: cannot read {path}: {problem}")
+    return Path(path).is_dir()
+
+
+def _reasoning_gym_records(config: DataConfig, seed_offset: int, section: str) -> Iterator[Record]:
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
@@ -42,70 +53,24 @@ def _reasoning_gym_records(config: DataConfig, seed_offset: int) -> Iterator[Rec
     if config.name not in DATASETS:
         close = difflib.get_close_matches(config.name, DATASETS, n=3)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see reasoning_gym.factory.DATASETS"
-        raise ConfigError(f"data.name: reasoning-gym has no task {config.name!r}; {hint}")
+        raise ConfigError(f"{section}.name: reasoning-gym has no task {config.name!r}; {hint}")
     seed = (config.seed + seed_offset) * _SEED_STRIDE % _SEED_LIMIT
     sizes = {} if config.size is None else {"size": config.size}
     reserved = sorted({"seed", "size"} & config.options.keys())
     if reserved:
-        raise ConfigError(f"data.options must not hold {', '.join(reserved)}; use data.seed and data.size")
+        raise ConfigError(
+            f"{section}.options must not hold {', '.join(reserved)}; use {section}.seed and {section}.size"
+        )
     try:
         dataset = reasoning_gym.create_dataset(config.name, seed=seed, **sizes, **config.options)
-        records = [dataset[i] for i in range(len(dataset))]
+        for i in range(len(dataset)):
+            yield dataset[i]
     except TypeError as error:
-        raise ConfigError(f"data.options does not fit reasoning-gym task {config.name}: {error}") from error
+        raise ConfigError(
+            f"{section}.options does not fit reasoning-gym task {config.name}: {error}; correct them"
+        ) from error
     except (AssertionError, ValueError) as error:
         raise ConfigError(
-            f"reasoning-gym task {config.name} cannot make problems from data.options {config.options}: {error}"
+            f"reasoning-gym task {config.name} cannot make problems from {section}.options {shown(config.options)}: {error}; "
+            "correct them"
         ) from error
-    return iter(records)
-
-
-def _jsonl_records(config: DataConfig) -> Iterator[Record]:
-    assert config.path is not None  # DataConfig requires it
-    path = Path(config.path)
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise ConfigError(f"data.path: cannot read {path}: {error.strerror}") from None
-    with file:
-        for number, line in enumerate(file, start=1):
-            if line.isspace():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:  # JSON syntax or UTF-8
-                raise ConfigError(f"{path}:{number} is not valid JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise ConfigError(f"{path}:{number} must hold a JSON object, not a {type(record).__name__}")
-            yield record
-
-
-def _hugging_face_records(config: DataConfig) -> Iterator[Record]:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    if config.path is not None and not Path(config.path).is_dir():
-        raise ConfigError(f"data.path: no such folder: {config.path}")
-    place = f"data.path {config.path}" if config.path is not None else f"data.name {config.name}"
-    try:
-        if config.path is not None and _is_saved_to_disk(Path(config.path)):
-            dataset = datasets.load_from_disk(config.path)
-        else:
-            dataset = datasets.load_dataset(config.path or config.name, split=config.split, **config.options)
-    except (DatasetsError, OSError, TypeError, ValueError) as error:
-        raise ConfigError(f"{place}, data.split {config.split}: cannot load this dataset: {error}") from error
-    if isinstance(dataset, datasets.DatasetDict):
-        if config.split not in dataset:
-            raise ConfigError(f"data.split: {place} has no split {config.split!r}, only {', '.join(dataset)}")
-        dataset = dataset[config.split]
-    return iter(dataset)
-
-
-def _is_saved_to_disk(folder: Path) -> bool:
-    return any((folder / marker).is_file() for marker in ("dataset_dict.json", "state.json"))
-
-
-SOURCES: dict[str, Callable[[DataConfig], Iterator[Record]]] = {
-    "jsonl": _jsonl_records,
-    "datasets": _hugging_face_records,
-}

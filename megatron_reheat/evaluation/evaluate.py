@@ -18,19 +18,31 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from megatron_reheat.config import ModelConfig, RewardConfig, RolloutConfig, apply_override, parse_config
+from megatron_reheat.config import (
+    MAX_SAMPLES,
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    ModelConfig,
+    RewardConfig,
+    RolloutConfig,
+    apply_override,
+    parse_config,
+)
 from megatron_reheat.data.prompts import check_vocabulary
+from megatron_reheat.data.responses import response_text
 from megatron_reheat.data.tokenizer import read_tokenizer, stop_token_ids
 from megatron_reheat.errors import ConfigError, EngineDied
 from megatron_reheat.evaluation.results import EvalOptions, SuiteResult, estimates, write_results, write_samples
 from megatron_reheat.evaluation.suites import SuitePrompts, load_suites
-from megatron_reheat.model.hf_weights import HFReader, check_weights, tensor_names
-from megatron_reheat.model.provider import read_hf_config, resolve_hf_folder
+from megatron_reheat.model.hf_reader import HFReader
+from megatron_reheat.model.hf_weights import read_model_folder, tensor_shapes
+from megatron_reheat.model.provider import resolve_hf_folder
 from megatron_reheat.rewards.pool import VerifierPool
-from megatron_reheat.rollout.checks import MAX_TEMPERATURE
+from megatron_reheat.rewards.self_check import check_references
 from megatron_reheat.rollout.embedded import EmbeddedEngine
 from megatron_reheat.rollout.vllm_version import require_vllm
 from megatron_reheat.rollout.weight_sync import WeightSync
+from megatron_reheat.stop_request import stop_requested
 from megatron_reheat.types import Completion, Prompt, SamplingParams
 
 T = TypeVar("T")
@@ -38,6 +50,8 @@ T = TypeVar("T")
 MAX_GRADERS = 8
 # a whole suite is one request to the engine: this is a bound on a hang, a dead engine is noticed at once
 ENGINE_DEFAULTS = {"timeout_s": 24 * 3600.0, "gpu_memory_utilization": 0.9}
+# settings of the rollout section that an evaluation has other options for, or nothing to do with
+NOT_ENGINE = ("mode", "servers", "num_servers", "tensor", "overlap", "temperature", "max_tokens", "mismatch_limit")
 
 
 @dataclass(frozen=True)
@@ -54,8 +68,10 @@ class _Model:
         return "bfloat16" if self.hf.dtype == torch.bfloat16 else "float32"
 
 
-def evaluate(options: EvalOptions, say: Callable[[str], None] = print) -> list[SuiteResult]:
+def evaluate(options: EvalOptions, results: list[SuiteResult]) -> None:
     """Evaluates every suite, writes `results.json` and `samples-<suite>.jsonl`, and says where.
+
+    `results` grows by a suite at a time. The notice to stop (`stop_request`) is heeded between two suites.
 
     Raises:
         ConfigError: before any engine starts, naming the option, suite or file to change.
@@ -63,35 +79,46 @@ def evaluate(options: EvalOptions, say: Callable[[str], None] = print) -> list[S
     """
     _check(options)
     rollout = _engine_config(options)
-    model = _read_model(options.model)
+    model = _read_model(options.model, chat=options.template == "chat")
     suites = load_suites(
         options.suites,
         model.tokenizer,
         template=options.template,
+        chat_template_kwargs=options.chat_template_kwargs,
         limit=options.limit,
         data_root=options.data_root,
     )
+    for note in dict.fromkeys(note for suite in suites for note in suite.notes):
+        print(f"note: {note}", flush=True)
     rollout = rollout.model_copy(update={"max_model_len": _context_length(options, rollout, model, suites)})
     out = options.out or Path("runs") / "eval" / Path(options.model).name / time.strftime("%Y%m%d-%H%M%S")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out: cannot make {out} ({error.strerror}); name another folder") from None
-    results = []
     with ExitStack() as stack:
         replicas = stack.enter_context(_Replicas(model, rollout, options.replicas, out / "logs"))
-        pools: dict[str, VerifierPool] = {}
+        workers = min(MAX_GRADERS, len(os.sched_getaffinity(0)))
+        pools = {
+            kind: stack.enter_context(VerifierPool(RewardConfig(kind=kind, workers=workers)))
+            for kind in {suite.reward_kind for suite in suites}
+        }
+        for suite in suites:  # while the engines start
+            check = check_references(pools[suite.reward_kind], suite.prompts.verifiers())
+            if check.failed:
+                print(f"{suite.name}: {check}", flush=True)
         for suite in suites:
-            kind = suite.reward_kind
-            if kind not in pools:
-                config = RewardConfig(kind=kind, workers=min(MAX_GRADERS, len(os.sched_getaffinity(0))))
-                pools[kind] = stack.enter_context(VerifierPool(config))
-            result = _evaluate_suite(suite, options, model, replicas, pools[kind], out)
-            say(f"{suite.name}: {result.problems} problems x {options.n} samples in {result.seconds:.1f} s")
+            replicas.load()  # not a part of the sampling that is timed
+            if stop_requested():
+                break
+            result = _evaluate_suite(suite, options, model, replicas, pools[suite.reward_kind], out)
+            print(
+                f"{suite.name}: {result.problems} problems x {options.n} samples in {result.seconds:.1f} s", flush=True
+            )
             results.append(result)
             write_results(out, options, results)
-    say(f"results: {out / 'results.json'}; every answer: {out / 'samples-<suite>.jsonl'}")
-    return results
+    if results:
+        print(f"results: {out / 'results.json'}; every answer: {out / 'samples-<suite>.jsonl'}", flush=True)
 
 
 # -- what is checked before an engine starts -------------------------------------------------------------------------
@@ -107,10 +134,17 @@ def _check(options: EvalOptions) -> None:
     }.items():
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value} must be at least 1")
+    if options.n > MAX_SAMPLES:
+        raise ConfigError(f"--n {options.n} is above vLLM's limit of {MAX_SAMPLES}")
     if options.seed < 0:
         raise ConfigError(f"--seed {options.seed} must not be negative")
     if not 0 <= options.temperature <= MAX_TEMPERATURE:
         raise ConfigError(f"--temperature {options.temperature:g} is outside 0 to {MAX_TEMPERATURE:g}")
+    if 0 < options.temperature < MIN_TEMPERATURE:
+        raise ConfigError(
+            f"--temperature {options.temperature:g} is below {MIN_TEMPERATURE:g}, at which vLLM would sample instead; raise "
+            "it, or use 0 for greedy"
+        )
     if options.temperature == 0 and options.n > 1:
         raise ConfigError(f"--temperature 0 is greedy: {options.n} samples would be the same one; use --n 1")
     if not 0 < options.top_p <= 1:
@@ -129,28 +163,33 @@ def _engine_config(options: EvalOptions) -> RolloutConfig:
         "parallel": {"microbatch_tokens": 2**31},
         "rollout": {**ENGINE_DEFAULTS, **eager},
     }
-    for setting in options.engine:
-        apply_override(tree, f"rollout.{setting}")
+    origins: dict[str, str] = {}
     try:
-        return parse_config(tree).rollout
+        for setting in options.engine:
+            keys = apply_override(tree, f"rollout.{setting}")
+            origins |= dict.fromkeys(keys, "on the command line")
+            if (name := keys[0].removeprefix("rollout.")) in NOT_ENGINE:
+                raise ConfigError(
+                    f"{name} has no part in an evaluation; leave it out, or use the command's own options"
+                )
+        return parse_config(tree, origins).rollout
     except ConfigError as error:
         raise ConfigError(f"--engine: {error}") from None
 
 
-def _read_model(name: str) -> _Model:
+def _read_model(name: str, *, chat: bool = False) -> _Model:
     try:
         folder = resolve_hf_folder(ModelConfig(hf_path=name))
-        hf = read_hf_config(folder)
-        check_weights(hf, HFReader(folder))
+        hf = read_model_folder(folder)
         tokenizer = read_tokenizer(folder)
         check_vocabulary(tokenizer, hf.vocab_size)
-        return _Model(folder, hf, tokenizer, stop_token_ids(hf, tokenizer, folder))
+        return _Model(folder, hf, tokenizer, stop_token_ids(hf, tokenizer, folder, chat=chat))
     except ConfigError as error:
         raise ConfigError(str(error).replace("model.hf_path: ", "MODEL: ")) from None
 
 
 def _context_length(options: EvalOptions, rollout: RolloutConfig, model: _Model, suites: Sequence[SuitePrompts]) -> int:
-    longest, suite = max((len(prompt.token_ids), suite.name) for suite in suites for prompt in suite.prompts)
+    longest, suite = max((suite.prompts.longest, suite.name) for suite in suites)
     needed = longest + options.max_tokens
     limit = min(rollout.max_model_len or needed, model.hf.max_position_embeddings)
     if needed > limit:
@@ -234,7 +273,7 @@ class _Replicas:
         if self._engines[i].policy_version is None:
             # a reader of its own: the files are mapped, and threads need not share the handles
             reader = HFReader(self._model.folder)
-            self._syncs[i].push(((name, reader.get(name)) for name in tensor_names(self._model.hf)), version=0)
+            self._syncs[i].push(((name, reader.get(name)) for name in tensor_shapes(self._model.hf)), version=0)
 
 
 def _evaluate_suite(
@@ -242,7 +281,6 @@ def _evaluate_suite(
 ) -> SuiteResult:
     params = SamplingParams(options.temperature, options.max_tokens, options.top_p, model.stop_token_ids)
     prompts = list(suite.prompts)
-    replicas.load()  # not a part of the sampling that is timed
     started = time.perf_counter()
     completions = replicas.sample(prompts, params, options.n, options.seed)
     sampled = time.perf_counter()
@@ -271,6 +309,4 @@ def _evaluate_suite(
 
 
 def _decode(model: _Model, completion: Completion) -> str:
-    text = model.tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text
+    return response_text(model.tokenizer, completion.token_ids.tolist(), model.stop_token_ids)

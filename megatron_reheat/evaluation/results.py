@@ -35,6 +35,7 @@ class EvalOptions:
     limit: int | None = None
     data_root: Path | None = None
     template: str = "chat"
+    chat_template_kwargs: str = ""
     replicas: int = 1
     engine: tuple[str, ...] = ()
     out: Path | None = None
@@ -109,9 +110,16 @@ def results_table(results: Sequence[SuiteResult], options: EvalOptions) -> Table
     return table
 
 
+def stopped_after(results: Sequence[SuiteResult], options: EvalOptions, reason: str) -> str:
+    """What an evaluation says that was stopped with these suites finished."""
+    if not results:
+        return f"stopped by {reason} before a suite was finished; nothing is saved"
+    return f"stopped by {reason} after {len(results)} of {len(options.suites)} suites, which are in results.json"
+
+
 def print_table(table: Table) -> None:
     """On a narrow terminal, or into a file, lines are longer than it rather than cut."""
-    console = Console()
+    console = Console(markup=False)
     console.width = max(
         console.width, Measurement.get(console, console.options.update(max_width=10_000), table).maximum
     )

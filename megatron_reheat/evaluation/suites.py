@@ -7,21 +7,22 @@ A suite is read from the hub, or from `DATA_ROOT/<suite>/`: the `*.jsonl` files 
 
 from __future__ import annotations
 
-import csv
 import difflib
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
-from megatron_reheat.config import DataConfig
+from megatron_reheat import recipe_text
+from megatron_reheat.config import MAX_SEED, DataConfig
 from megatron_reheat.data.prompts import PromptDataset, RewardKind, make_prompts
-from megatron_reheat.data.sources import Record, read_records
+from megatron_reheat.data.records import Listed, Record, Records
+from megatron_reheat.data.references import reference_text
+from megatron_reheat.data.sources import read_records
 from megatron_reheat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +38,14 @@ GYM_SEED = 2026
 # fixed: every model and every sampling seed meets the options of a question in the same order
 OPTION_SEED = 0
 PROMPT_KEY = "reheat_prompt"
+# what the keys of a recipe are called here
+OPTIONS = {
+    "data.raw_template": "--template",
+    "data.template": "--template",
+    "data.path": "--data-root",
+    "data.chat_template_kwargs": "--chat-template-kwargs",
+}
+LOCAL_KINDS = (".jsonl", ".parquet", ".csv")
 
 
 @dataclass(frozen=True)
@@ -92,12 +101,17 @@ class SuitePrompts:
     def file_name(self) -> str:
         return re.sub(r"[^\w.-]+", "_", self.name).strip("_")
 
+    @property
+    def notes(self) -> list[str]:
+        return [_in_options(note) for note in self.prompts.notes]
+
 
 def load_suites(
     names: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
     template: str,
+    chat_template_kwargs: str = "",
     limit: int | None = None,
     data_root: Path | None = None,
 ) -> list[SuitePrompts]:
@@ -105,6 +119,7 @@ def load_suites(
 
     `template` is `chat` (the tokenizer's chat template), `raw` (the question as it is), both with a sentence that asks for
     the form of answer that is graded; or a text of one's own with the record's fields in braces, and nothing added.
+    `chat_template_kwargs` is a YAML mapping for the chat template (e.g. `{enable_thinking: false}`).
 
     Raises:
         ConfigError: naming the suite and the option, file, record or hub dataset at fault.
@@ -115,10 +130,14 @@ def load_suites(
         )
     if template == "chat" and not tokenizer.chat_template:
         raise ConfigError("--template chat: the model's tokenizer has no chat template; use --template raw")
+    kwargs = _mapping(chat_template_kwargs, "--chat-template-kwargs", "{enable_thinking: false}")
+    if kwargs and template != "chat":
+        raise ConfigError("--chat-template-kwargs needs --template chat")
     for name in names:
         if not name.startswith(f"{GYM}:") and name not in SUITES:
             raise ConfigError(_unknown(name))
-    suites = [_load(name, tokenizer, template, limit, data_root) for name in names]
+    today = date.today()  # one for all suites
+    suites = [_load(name, tokenizer, template, kwargs, today, limit, data_root) for name in names]
     files = [suite.file_name for suite in suites]
     if twice := [name for name, file in zip(names, files, strict=True) if files.count(file) > 1]:
         raise ConfigError(f"--suite {twice[0]} is named twice; name each suite once")
@@ -126,24 +145,36 @@ def load_suites(
 
 
 def _load(
-    name: str, tokenizer: PreTrainedTokenizerBase, template: str, limit: int | None, data_root: Path | None
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    kwargs: dict[str, Any],
+    today: date,
+    limit: int | None,
+    data_root: Path | None,
 ) -> SuitePrompts:
     kind: RewardKind = "math" if name in SUITES else "reasoning_gym"
     try:
         records = _posed(name, limit, data_root) if name in SUITES else _gym_records(name, limit)
-        prompts = make_prompts(_rendering(name, template), tokenizer, records, reward_kind=kind)
+        prompts = make_prompts(_rendering(name, template, kwargs), tokenizer, records, reward_kind=kind, today=today)
     except ConfigError as error:
-        reason = " ".join(str(error).replace("data.raw_template", "--template").split())
-        raise ConfigError(f"suite {name}: {reason}") from None
+        raise ConfigError(f"suite {name}: {_in_options(' '.join(str(error).split()))}") from None
     return SuitePrompts(name, _source(name, data_root), kind, prompts)
 
 
-def _rendering(name: str, template: str) -> DataConfig:
+def _in_options(text: str) -> str:
+    for key, option in OPTIONS.items():
+        text = text.replace(key, option)
+    return text
+
+
+def _rendering(name: str, template: str, kwargs: dict[str, Any]) -> DataConfig:
     """How records become text, in the words of the training data's configuration."""
     return DataConfig(
         source="datasets" if name in SUITES else GYM,
         name=name if name in SUITES else name.split(":")[1],
         template="chat" if template == "chat" else "raw",
+        chat_template_kwargs=kwargs,
         raw_template=f"{{{PROMPT_KEY}}}" if template == "raw" else template,
         prompt_key=PROMPT_KEY,
         max_prompt_tokens=2**31,
@@ -167,17 +198,17 @@ def _unknown(name: str) -> str:
 # -- hub datasets ----------------------------------------------------------------------------------------------------
 
 
-def _posed(name: str, limit: int | None, data_root: Path | None) -> list[Record]:
+def _posed(name: str, limit: int | None, data_root: Path | None) -> Listed:
     """A suite's records with the prompt and, under `answer`, what the grader compares with."""
     suite = SUITES[name]
     if data_root is not None:
         place, records = str(data_root / name), _local_records(data_root / name)
     else:
-        place, records = suite.hub_id, _hub_records(name, suite, limit)
+        place, records = suite.hub_id, _hub_records(name, suite)
     posed = [_pose(suite, record, i, place) for i, record in enumerate(itertools.islice(records, limit))]
     if not posed:
         raise ConfigError(f"{place} holds no problems")
-    return posed
+    return Listed(posed, place)
 
 
 def _pose(suite: Suite, record: Record, index: int, place: str) -> Record:
@@ -186,7 +217,8 @@ def _pose(suite: Suite, record: Record, index: int, place: str) -> Record:
             state = "empty" if key in record else "missing"
             columns = ", ".join(map(repr, record))
             raise ConfigError(f"column {key!r} is {state} in record {index} of {place}; its columns are {columns}")
-    question, answer = str(record[suite.question_key]), str(record[suite.answer_key])
+    question = str(record[suite.question_key])
+    answer = reference_text(record[suite.answer_key], f"column {suite.answer_key!r} in record {index} of {place}")
     if suite.wrong_keys:
         options = [answer, *(str(record[key]) for key in suite.wrong_keys)]
         order = list(range(len(options)))
@@ -196,11 +228,10 @@ def _pose(suite: Suite, record: Record, index: int, place: str) -> Record:
     return {**record, PROMPT_KEY: question + suite.suffix, "answer": answer}
 
 
-def _hub_records(name: str, suite: Suite, limit: int | None) -> Iterator[Record]:
+def _hub_records(name: str, suite: Suite) -> Records:
     options = {"name": suite.config} if suite.config else {}
-    source = DataConfig(source="datasets", name=suite.hub_id, split=suite.split, options=options, size=limit)
     try:
-        yield from read_records(source)
+        return read_records(DataConfig(source="datasets", name=suite.hub_id, split=suite.split, options=options))
     except ConfigError as error:
         access = "check the network and HF_HUB_OFFLINE"
         if suite.gated:
@@ -209,65 +240,38 @@ def _hub_records(name: str, suite: Suite, limit: int | None) -> Iterator[Record]
         raise ConfigError(f"{error}; {access}, or put its files into DATA_ROOT/{name}/ and pass --data-root") from None
 
 
-def _local_records(folder: Path) -> Iterator[Record]:
-    files = next((found for kind in READERS if (found := sorted(folder.glob(f"*{kind}")))), [])
+def _local_records(folder: Path) -> Records:
+    files = next((found for kind in LOCAL_KINDS if (found := sorted(folder.glob(f"*{kind}")))), [])
     if not files:
-        state = f"has no file of {', '.join(READERS)}" if folder.is_dir() else "does not exist"
+        state = f"has no file of {', '.join(LOCAL_KINDS)}" if folder.is_dir() else "does not exist"
         raise ConfigError(f"--data-root: {folder} {state}")
-    for file in files:
-        yield from READERS[file.suffix](file)
-
-
-def _jsonl_records(file: Path) -> Iterator[Record]:
-    return read_records(DataConfig(path=str(file)))
-
-
-def _parquet_records(file: Path) -> Iterator[Record]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        yield from parquet.read_table(file).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ConfigError(f"{file} cannot be read as parquet ({error}); copy it again") from None
-
-
-def _csv_records(file: Path) -> Iterator[Record]:
-    try:
-        with file.open(newline="", encoding="utf-8") as lines:
-            yield from csv.DictReader(lines)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{file} cannot be read as CSV ({error}); copy it again") from None
-
-
-READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".jsonl": _jsonl_records,
-    ".parquet": _parquet_records,
-    ".csv": _csv_records,
-}
+    return read_records(DataConfig(path=tuple(map(str, files))))
 
 
 # -- reasoning-gym ---------------------------------------------------------------------------------------------------
 
 
-def _gym_records(name: str, limit: int | None) -> list[Record]:
+def _gym_records(name: str, limit: int | None) -> Listed:
     """Entries as the task made them, which its scorer needs, with the prompt beside."""
     _, task, *rest = name.split(":", 2)
-    options = _gym_options(rest[0]) if rest else {}
+    options = _mapping(rest[0] if rest else "", "options", f"{GYM}:countdown:'{{min_numbers: 3}}'")
     seed, size = options.pop("seed", GYM_SEED), options.pop("size", None)
     sizes = [s for s in (size, limit) if s is not None]
     try:
         source = DataConfig(source=GYM, name=task, options=options, seed=seed, size=min(sizes, default=None))
-    except ValueError:
-        raise ConfigError(f"{GYM} needs a task, and whole numbers for size and seed, as in {GYM}:countdown") from None
-    return [{**entry, PROMPT_KEY: str(entry["question"]) + TAGGED} for entry in read_records(source)]
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{GYM} needs a task, and whole numbers for size and seed (size from 1, seed from 0 to {MAX_SEED}), as in "
+            f"{GYM}:countdown"
+        ) from None
+    return Listed([{**entry, PROMPT_KEY: str(entry["question"]) + TAGGED} for entry in read_records(source)])
 
 
-def _gym_options(text: str) -> dict[str, Any]:
+def _mapping(text: str, what: str, example: str) -> dict[str, Any]:
     try:
-        options = yaml.safe_load(text)
-    except yaml.YAMLError:
+        options = recipe_text.read_value(text, dict[str, Any]) if text else {}
+    except ValueError:
         options = None
     if not isinstance(options, dict):
-        raise ConfigError(f"options {text!r} are not a YAML mapping; write {GYM}:countdown:'{{min_numbers: 3}}'")
+        raise ConfigError(f"{what} {text!r} are not a YAML mapping; write {example}")
     return options

@@ -15,14 +15,16 @@ def reheat_loss(
 ) -> tuple[Tensor, MetricSums]:
     """Token-mean KL between the policy and its own flattened self on its own rollouts.
 
-    The same pass gives the entropy the controller watches and the log-probabilities that are held against the sampler's.
+    The same pass gives the entropy the controller watches and the log-probabilities that are held against the sampler's;
+    `rollout/mismatch_kl` is what `rollout.weight_sync.mismatch` computes.
     """
     result = vocab.tempered_kl(temperature=teacher_temperature, direction=direction, targets=micro.targets)
     assert result.logprobs is not None
     counted = micro.loss_mask.bool()
     loss = torch.where(counted, result.kl, 0.0).mul(micro.loss_weights).sum()
 
-    gap = torch.where(counted, result.logprobs - micro.rollout_logprobs, 0.0)
+    # float64: of two nearly equal policies, float32 leaves nothing of e^r - 1 - r
+    gap = torch.where(counted, result.logprobs - micro.rollout_logprobs, 0.0).double()
     rows = {
         "reheat/kl": result.kl.detach(),
         "reheat/teacher_entropy": result.teacher_entropy,
@@ -30,7 +32,7 @@ def reheat_loss(
         "rollout/mismatch_kl": torch.expm1(gap) - gap,
         "rollout/mismatch_abs_mean": gap.abs(),
     }
-    totals = torch.stack([torch.where(counted, row, 0.0).sum() for row in rows.values()]).tolist()
+    totals = torch.stack([torch.where(counted, row, 0.0).sum(dtype=torch.float64) for row in rows.values()]).tolist()
     count = int(counted.sum())
     metrics = MetricSums()
     for name, total in zip(rows, totals, strict=True):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_reheat.config import ModelConfig
-from megatron_reheat.errors import ConfigError
-from megatron_reheat.model.provider import head_dim, read_hf_config, resolve_hf_folder
+from megatron_reheat.config import ModelConfig, RolloutConfig
+from megatron_reheat.errors import ModelElsewhereError
+from megatron_reheat.model.provider import head_dim, hub_answers, is_local, read_hf_config, resolve_hf_folder
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,29 @@ class Architecture:
         return 2 * self.num_hidden_layers * self.kv_width * bytes_per_value
 
 
+VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ENGINE_OVERHEAD_GIB = 2.0  # vLLM's activations and CUDA graphs
+
+
+def kv_cache_bytes(
+    model: Architecture, rollout: RolloutConfig, dtype: str, gpu_gib: float, overhead_gib: float = ENGINE_OVERHEAD_GIB
+) -> float:
+    """On each GPU of an engine: rollout.kv_cache_mb, or what vLLM's share leaves beside its weights; may be negative.
+
+    `dtype` counts where rollout.dtype is auto.
+    """
+    if rollout.kv_cache_mb:
+        return float(rollout.kv_cache_mb << 20)
+    share = rollout.gpu_memory_utilization * gpu_gib - overhead_gib
+    return share * 2**30 - engine_weight_bytes(model, rollout, dtype)
+
+
+def engine_weight_bytes(model: Architecture, rollout: RolloutConfig, dtype: str) -> float:
+    """On each GPU of an engine."""
+    value = VALUE_BYTES[dtype if rollout.dtype == "auto" else rollout.dtype]
+    return float(model.num_parameters * value) / rollout.tensor
+
+
 def _qwen3(hidden: int, mlp: int, layers: int, heads: int, *, tied: bool) -> Architecture:
     return Architecture(hidden, mlp, layers, heads, 8, 128, 151_936, tied, max_position_embeddings=32_768)
 
@@ -95,21 +119,25 @@ def read_architecture(config: ModelConfig) -> Architecture:
     """From the folder's config.json, the built-in table for Qwen3's hub names, or config.json alone from the hub.
 
     Raises:
-        ConfigError: no such folder, an unsupported architecture, or a hub name that cannot be looked up from here.
+        ModelElsewhereError: no such folder, or a hub name that cannot be looked up from here.
+        ConfigError: an unsupported architecture.
     """
     name = config.hf_path
     owner, _, model = name.rpartition("/")
-    if owner == "Qwen" and not Path(name).exists() and (known := QWEN3.get(model.removesuffix("-Base"))):
+    exists = os.path.exists(name)
+    if owner == "Qwen" and not exists and (known := QWEN3.get(model.removesuffix("-Base"))):
         return known
-    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if is_local(name) and not exists:
+        raise ModelElsewhereError(f"model.hf_path: {name} does not exist; point it at a Hugging Face model folder")
+    if exists:
         return Architecture.from_hf(read_hf_config(resolve_hf_folder(config)))
     from huggingface_hub import hf_hub_download
 
     try:
-        folder = Path(hf_hub_download(name, "config.json")).parent
+        folder = Path(hf_hub_download(name, "config.json", local_files_only=not hub_answers())).parent
     except Exception as error:  # the hub client raises many kinds; all mean that the file is not to be had
-        raise ConfigError(
+        raise ModelElsewhereError(
             f"model.hf_path: {name} is not a local folder, its config.json cannot be fetched ({type(error).__name__}), and "
-            f"its numbers are not built in (Qwen/ {', '.join(QWEN3)} are); point it at a folder with the model's config.json"
+            f"its numbers are not built in (Qwen/ {', '.join(QWEN3)} are); point it at the model's folder"
         ) from None
     return Architecture.from_hf(read_hf_config(folder))

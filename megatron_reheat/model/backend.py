@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -34,17 +34,26 @@ def choose_backend(attention: Literal["auto", "sdpa", "transformer_engine"]) -> 
         ConfigError: `model.attention=transformer_engine` where it cannot run.
     """
     has_cuda = torch.cuda.is_available()
-    has_te = has_cuda and importlib.util.find_spec("transformer_engine") is not None
-    has_apex = has_cuda and importlib.util.find_spec("apex") is not None
+    has_te = has_cuda and _imports("transformer_engine.pytorch")
+    has_apex = has_cuda and _imports("apex.optimizers")
     if attention == "transformer_engine" and not has_te:
-        missing = "the package transformer-engine" if has_cuda else "a CUDA device"
+        missing = "the package transformer-engine, and it does not import here" if has_cuda else "a CUDA device"
         raise ConfigError(f"model.attention=transformer_engine needs {missing}; use model.attention=auto")
     if attention == "auto":
         attention = "transformer_engine" if has_te else "sdpa"
     return Backend(
         attention=attention,
-        # Apex's kernel accumulates into main_grad inside the backward matmul; Transformer Engine's layers bring their own
-        fused_weight_gradient=attention == "transformer_engine"
-        or (has_apex and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None),
+        # Apex's kernel accumulates into main_grad inside the backward matmul. Transformer Engine's layers bring their own, but
+        # the output layer is Megatron's in any case, which is not built without Apex's.
+        fused_weight_gradient=has_cuda and _imports("fused_weight_gradient_mlp_cuda"),
         optimizer="transformer_engine" if has_te else "apex" if has_apex else "torch",
     )
+
+
+def _imports(module: str) -> bool:
+    """Really, as Megatron tries it: an extension that was built for another torch is installed and does not load."""
+    try:
+        import_module(module)
+    except (ImportError, OSError):
+        return False
+    return True

@@ -1,6 +1,7 @@
 """Checkpoints in Megatron's sharded format: written aside, fsynced, renamed; readable under another TP x PP x DP layout.
 
-    checkpoints/step-120/        Megatron's shards (weights, optimizer), state.json (the stages' state), manifest.json (digests)
+    checkpoints/step-120/        Megatron's shards (weights, optimizer; while reheating the last good weights, too), state.json
+                                 (the stages' state), manifest.json (digests)
     checkpoints/latest           the name of the newest complete one
     checkpoints/best             the name of the one with the best evaluation (`checkpoint.keep_best`)
 
@@ -12,35 +13,62 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint import CheckpointException
 
-from megatron_reheat.errors import ReheatError
+from megatron_reheat.checkpoint_folder import BEST, LATEST, fsync, point, remove_old_checkpoints, set_aside
+from megatron_reheat.checkpoint_folder import best_checkpoint as best_checkpoint
+from megatron_reheat.checkpoint_folder import latest_checkpoint as latest_checkpoint
+from megatron_reheat.checkpoint_folder import list_checkpoints as list_checkpoints
+from megatron_reheat.errors import ReheatError, cannot_write, writing
+from megatron_reheat.model.checkpoint_pickles import METADATA, explain, find_unsafe_pickle, no_code, read_metadata
 from megatron_reheat.model.engine import Engine
+from megatron_reheat.model.master_weights import Snapshot
 from megatron_reheat.parallel.topology import Topology
 
-_LATEST = "latest"
-_BEST = "best"
-_STATE = "state.json"
+STATE = "state.json"
 _MANIFEST = "manifest.json"
+_DIFFERS = f"{{}} is missing or damaged (its digest differs from {_MANIFEST})"
+_LAST_GOOD = "optimizer.last_good"
+# what torch's writer says of a file that it could not write
+_OF_A_FILE = re.compile("inline_container|PytorchStreamWriter|iostream error")
 
 
 def save_checkpoint(
-    engine: Engine, folder: Path, step: int, state: dict[str, Any], *, keep: int, is_best: bool = False
+    engine: Engine,
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    *,
+    keep: int,
+    is_best: bool = False,
+    last_good: Snapshot | None = None,
 ) -> Path:
-    """Writes `folder/step-<step>`, points `latest` at it and removes all but the newest `keep` and the best. A collective.
+    """Writes `folder/step-<step>`, points `latest` at it and removes all but the newest `keep`, it and the best. A collective.
 
-    With `is_best`, `best` points at it too, and it stays until a later one is saved as that. A process killed at any moment
-    leaves the previous checkpoint and `latest` intact.
+    With `is_best`, `best` points at it too, and it stays until a later one is saved as that. `last_good` is kept for
+    `load_last_good`. A process killed at any moment leaves the previous checkpoint and `latest` intact.
     """
-    return _write(engine.topology, folder, step, _sharded_state(engine, is_loading=False), state, keep, is_best)
+    sharded = _sharded_state(engine, is_loading=False)
+    if last_good is not None:
+        sharded["last_good"] = _sharded_weights(engine, engine.masters.whole(last_good))
+    return _write(engine.topology, folder, step, sharded, state, keep, is_best)
 
 
 def save_weights(module: Any, topology: Topology, folder: Path, state: dict[str, Any]) -> Path:
@@ -57,28 +85,68 @@ def _write(
     keep: int,
     is_best: bool = False,
 ) -> Path:
+    """Each step is on disk before the next one begins, so that a loss of power leaves a whole checkpoint and names it:
+
+    1. `_write_aside` syncs every file, then the folder that names them; Megatron syncs its shards as it writes them.
+    2. The folder gets its name; that is on disk with the first pointer's, which syncs `folder`.
+    3. `point` syncs a pointer's file, replaces the old one by it and syncs `folder`.
+    4. Old checkpoints go, each under a name that is no checkpoint's first; whatever is left of one the next save clears.
+    """
     target, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
-    if topology.is_main:
+    try:
+        with writing(target):
+            _write_aside(topology, partial, sharded, state)
+            if topology.is_main:
+                if target.exists():
+                    set_aside(target)
+                partial.rename(target)
+                if is_best:
+                    # first: `latest` must never name a state that knows of a best which `best` does not
+                    point(folder, BEST, target.name)
+                point(folder, LATEST, target.name)
+                remove_old_checkpoints(folder, keep)
+    except ReheatError:  # on whichever rank: the others may wait for this one, and end with it
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    topology.barrier()
+    return target
+
+
+def _write_aside(topology: Topology, partial: Path, sharded: dict[str, Any], state: dict[str, Any]) -> None:
+    """Everything in `partial`, on disk."""
+    if topology.is_main:
+        for left in partial.parent.glob(".step-*.partial"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
     topology.barrier()
-    dist_checkpointing.save(sharded, str(partial))
+    try:
+        dist_checkpointing.save(sharded, str(partial))
+    except CheckpointException as error:
+        # the first rank knows what went wrong on each, the others that something did
+        reasons = [reason for reason, _ in error.failures.values()]
+        failure = cannot_write(partial.parent, _reason(reasons[0]) if reasons else "another rank could not")
+        failure.on_every_rank = True
+        raise failure from None
+    except RuntimeError as error:
+        if not _OF_A_FILE.search(str(error)):
+            raise
+        raise cannot_write(partial.parent, _reason(error)) from None
     topology.barrier()
     if topology.is_main:
-        (partial / _STATE).write_text(json.dumps(state, indent=1))
+        (partial / STATE).write_text(json.dumps(state, indent=1))
         manifest = {p.name: _digest(p) for p in sorted(partial.iterdir())}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (*partial.iterdir(), partial):
-            _fsync(path)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        if is_best:
-            # first: `latest` must never name a state that knows of a best which `best` does not
-            _point(folder, _BEST, target.name)
-        _point(folder, _LATEST, target.name)
-        remove_old_checkpoints(folder, keep)
-    topology.barrier()
-    return target
+            fsync(path)
+
+
+def _reason(error: BaseException) -> str:
+    """What the operating system said, out of what Megatron's and torch's writers make of it."""
+    if found := re.search(r"\[Errno (\d+)\]", str(error)):
+        return os.strerror(int(found[1]))
+    if _OF_A_FILE.search(str(error)):
+        return f"a file could not be written in full, the disk may be full ({explain(error)})"
+    return explain(error)
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path) -> dict[str, Any]:
@@ -92,12 +160,15 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> dict[str, Any]:
     error = verify_checkpoint(checkpoint) if engine.topology.is_main else None
     if engine.topology.any(error is not None):
         raise ReheatError(error or f"{checkpoint} failed verification on the main rank")
-    if "optimizer" not in dist_checkpointing.load_common_state_dict(str(checkpoint)):
+    with _reading(checkpoint):
+        has_optimizer = "optimizer" in dist_checkpointing.load_common_state_dict(str(checkpoint))
+        if not has_optimizer and any(n.startswith("optimizer.") for n in read_metadata(checkpoint).state_dict_metadata):
+            raise ValueError("common.pt lacks the optimizer, whose moments are there")
+    if not has_optimizer:
         load_weights(engine.module, checkpoint)
         engine.optimizer.reload_model_params()
         return read_state(checkpoint)
-    _ensure_optimizer_state(engine)
-    loaded = dist_checkpointing.load(_sharded_state(engine, is_loading=True), str(checkpoint))
+    loaded = _load(_sharded_state(engine, is_loading=True), checkpoint)
     engine.module.load_state_dict(loaded["model"])
     with torch.no_grad():  # Megatron copies float32 parameters in place into leaves that require grad
         engine.optimizer.load_state_dict(loaded["optimizer"])
@@ -105,65 +176,111 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> dict[str, Any]:
     return read_state(checkpoint)
 
 
+def load_last_good(engine: Engine, checkpoint: Path) -> Snapshot | None:
+    """The weights that were saved as `last_good`, under this engine's layout; None if there were none. A collective."""
+    with _reading(checkpoint):
+        names = read_metadata(checkpoint).state_dict_metadata
+    if not any(name.startswith(_LAST_GOOD) for name in names):
+        return None
+    empty = {name: torch.empty(p.shape) for name, p in engine.module.named_parameters()}
+    sharded = {"last_good": _sharded_weights(engine, empty)}
+    return engine.masters.part(_load(sharded, checkpoint)["last_good"])
+
+
 def load_weights(module: Any, checkpoint: Path) -> None:
     """Fills an unwrapped model from a checkpoint, whose optimizer is not read. A collective."""
     sharded = {"model": module.sharded_state_dict(metadata=_metadata())}
-    module.load_state_dict(dist_checkpointing.load(sharded, str(checkpoint))["model"])
+    module.load_state_dict(_load(sharded, checkpoint)["model"])
+
+
+def _load(sharded: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    with _reading(checkpoint):
+        return dist_checkpointing.load(sharded, str(checkpoint))
+
+
+@contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    """Inside, no code of the checkpoint is run, and files that are not what torch and Megatron write are one sentence."""
+    try:
+        with no_code():
+            yield
+    except CheckpointException as error:  # torch gathers what went wrong on each rank
+        reasons = [reason for reason, _ in error.failures.values()]
+        reason = explain(reasons[0]) if reasons else "another rank could not read it"
+        failure = ReheatError(f"{checkpoint} cannot be read: {reason}; {use_instead(checkpoint)}")
+        failure.on_every_rank = True
+        raise failure from None
+    except RuntimeError:
+        raise  # not the files': another rank is gone, say, or memory is short
+    except Exception as error:
+        reason = f"{type(error).__name__}: {explain(error)}"
+        raise ReheatError(f"{checkpoint} cannot be read: {reason}; {use_instead(checkpoint)}") from None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The stages' state of a checkpoint, without its tensors.
+    """The stages' state of a checkpoint, without its tensors, whose files may be damaged still.
 
     Raises:
-        ReheatError: it cannot be read.
+        ReheatError: it cannot be read, or is not what was saved.
     """
-    path = checkpoint / _STATE
+    path = checkpoint / STATE
+    state, manifest = _read_json(path), _read_json(checkpoint / _MANIFEST)
+    problem = None if isinstance(state, dict) else f"{path} is missing or damaged"
+    if isinstance(manifest, dict) and STATE in manifest and not _is_whole(path, manifest[STATE]):
+        problem = _DIFFERS.format(path)
+    if problem is not None:
+        raise ReheatError(f"{problem}; {use_instead(checkpoint)}")
+    return state
+
+
+def _read_json(path: Path) -> Any:
+    """None where there is no such file, or it cannot be read as JSON."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise ReheatError(f"{path} is missing or damaged; use an earlier checkpoint") from None
+        return json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint under `folder`, or None."""
-    if (named := _named_by(folder, _LATEST)) is not None:
-        return named
-    complete = list_checkpoints(folder)
-    return complete[-1] if complete else None
-
-
-def best_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint under `folder` with the best evaluation, or None when none was kept as that."""
-    return _named_by(folder, _BEST)
-
-
-def remove_old_checkpoints(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints and the best one."""
-    best = best_checkpoint(folder)
-    for old in list_checkpoints(folder)[:-keep]:
-        if old != best:
-            shutil.rmtree(old)
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest step first."""
-    return sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+def _is_whole(path: Path, digest: Any) -> bool:
+    """Only of files: a pipe would be waited for, a device read without end."""
+    try:
+        return path.is_file() and _digest(path) == digest
+    except OSError:
+        return False
 
 
 def verify_checkpoint(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None."""
+    """What is wrong with the files of a checkpoint and what to use instead, or None."""
+    problem = _find_damage(checkpoint)
+    return None if problem is None else f"{problem}; {use_instead(checkpoint)}"
+
+
+def _find_damage(checkpoint: Path) -> str | None:
     manifest_path = checkpoint / _MANIFEST
-    if not manifest_path.is_file():
-        return f"{checkpoint} has no {_MANIFEST}: it is not a complete checkpoint; use an earlier one"
-    try:
-        manifest = dict(json.loads(manifest_path.read_text()))
-    except (ValueError, TypeError):
-        return f"{manifest_path} is damaged; use an earlier checkpoint"
+    if not os.path.lexists(manifest_path):
+        return f"{checkpoint} has no {_MANIFEST}: it is not a complete checkpoint"
+    manifest = _read_json(manifest_path)
+    if not isinstance(manifest, dict) or not {STATE, METADATA} <= manifest.keys():
+        return f"{manifest_path} is damaged"
     for name, digest in manifest.items():
         path = checkpoint / name
-        if not path.is_file() or _digest(path) != digest:
-            return f"{path} is missing or damaged (its digest differs from {_MANIFEST}); use an earlier checkpoint"
-    return None
+        if path.parent != checkpoint:
+            return f"{manifest_path} is damaged: it names {name}, outside the checkpoint"
+        if not _is_whole(path, digest):
+            return _DIFFERS.format(path)
+    return find_unsafe_pickle(checkpoint)
+
+
+def use_instead(checkpoint: Path) -> str:
+    """The way out for who wanted to go on from a damaged checkpoint."""
+    folder = checkpoint.absolute().parent
+    for other in reversed(list_checkpoints(folder)):
+        if other.name != checkpoint.absolute().name and _find_damage(other) is None:
+            return (
+                f"the newest whole checkpoint is {other}: to use it, write {other.name} into {folder / LATEST} (or give its "
+                "path to reheat convert)"
+            )
+    return f"no earlier checkpoint in {folder} is whole: move that folder away to start the run anew"
 
 
 def _metadata() -> dict[str, Any]:
@@ -176,13 +293,30 @@ def _metadata() -> dict[str, Any]:
 
 def _sharded_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
     metadata = _metadata()
+    _ensure_optimizer_state(engine)
     model = engine.module.sharded_state_dict(metadata=metadata)
     optimizer = engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer}
 
 
+def _sharded_weights(engine: Engine, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Other float32 values of the model's parameters, sharded as these are; both by parameter name."""
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    sharded: dict[str, Any] = {}
+    for entry in nested_values(engine.module.sharded_state_dict(metadata=_metadata())):
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and id(entry.data) in names:
+            name = names[id(entry.data)]
+            changes: dict[str, Any] = {"key": f"{_LAST_GOOD}.{entry.key}", "data": weights[name]}
+            if isinstance(entry, ShardedTensor):
+                changes["dtype"] = torch.float32
+            sharded[name] = replace(entry, **changes)
+    assert len(sharded) == len(weights)
+    return sharded
+
+
 def _ensure_optimizer_state(engine: Engine) -> None:
-    """A fresh process has no moments yet, but Megatron's loader asks every parameter for its shape of them."""
+    """Before the first update there are no moments yet, of which Megatron asks every parameter for its part, when it saves and
+    when it loads: a run may have to save after a step in which there was nothing to train on."""
     for optimizer in engine.torch_optimizers():
         if not isinstance(optimizer, torch.optim.AdamW):
             continue  # the fused optimizers are initialised by Megatron itself
@@ -205,13 +339,38 @@ def _unshare_steps(engine: Engine) -> None:
 
 
 def install_checkpoint_fixes() -> None:
-    """Two corrections to Megatron's checkpoint code; called before the first save or load, and safe to call again."""
+    """Four corrections to Megatron's checkpoint code; called before the first save or load, and safe to call again."""
     # The results of the writing processes go through a multiprocessing manager, so that an asynchronous save could
     # report from another process. That manager is one more interpreter per rank: it takes seconds to start and outlives
     # a killed rank, holding its terminal or pipe open. Our saves report to the very process that reads the results.
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
     _keep_optimizer_steps()
+    _keep_bucket_padding()
+
+
+def _write_in_threads(
+    transforms: list[Any], use_msc: bool, rank: int, buckets: Sequence[Any], results: queue.Queue[Any]
+) -> None:
+    """Writes a rank's files, one thread each, in place of processes forked from the trainer.
+
+    A fork that is killed would be waited for without end; one that outlives a killed trainer would hold its pipes and its
+    memory; and each would copy whatever the trainer changes meanwhile.
+    """
+    written: queue.Queue[Any] = queue.Queue()
+    jobs: list[Future[None]] = []
+    with ThreadPoolExecutor(max(len(buckets), 1), thread_name_prefix="checkpoint") as threads:
+        for index, bucket in enumerate(buckets):
+            count: queue.Queue[Any] = queue.Queue()  # by which the forks told that they were done
+            count.put(index)
+            writer = partial(filesystem_async.FileSystemWriterAsync.write_preloaded_data, transforms, index, bucket)
+            jobs.append(threads.submit(writer, written, count, use_fsync=True, use_msc=use_msc))
+    for job in jobs:
+        job.result()  # what a file cannot take is among the outcomes; anything else is raised here
+    outcomes = dict(written.get_nowait() for _ in jobs)
+    errors = [outcome for outcome in outcomes.values() if isinstance(outcome, Exception)]
+    results.put(errors[0] if errors else outcomes)
 
 
 def _keep_optimizer_steps() -> None:
@@ -236,31 +395,42 @@ def _keep_optimizer_steps() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = with_step
 
 
+def _keep_bucket_padding() -> None:
+    """Lets the distributed optimizer save a buffer of several buckets: with pipeline stages, a tied embedding has its own.
+
+    The state is gathered without the padding between buckets, but then cut into parameters at the places they have with it:
+    every parameter after a padding was saved as a piece of its neighbours.
+    """
+    original = DistributedOptimizer.get_parameter_state_dp_zero
+    if hasattr(original, "keeps_padding"):
+        return
+
+    def with_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = original(self, *args, **kwargs)
+        for index, buffer in enumerate(self.buffers if state is not None else ()):
+            for gathered in state[index].values():
+                for name in ("param", "exp_avg", "exp_avg_sq"):
+                    gathered[name] = _padded(gathered[name], buffer)
+        return state
+
+    with_padding.keeps_padding = True  # type: ignore[attr-defined]
+    DistributedOptimizer.get_parameter_state_dp_zero = with_padding
+
+
+def _padded(values: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """[numel_unpadded] -> [numel], the padding zero."""
+    if len(buffer.buckets) == 1:
+        return values  # what is missing at the end Megatron expects to be missing
+    padded, start = values.new_zeros(buffer.numel), 0
+    for bucket in buffer.buckets:
+        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = values[start : start + bucket.numel_unpadded]
+        start += bucket.numel_unpadded
+    return padded
+
+
 def _digest(path: Path) -> str:
     hasher = xxhash.xxh3_64()
     with path.open("rb") as file:
         while block := file.read(1 << 24):
             hasher.update(block)
     return hasher.hexdigest()
-
-
-def _named_by(folder: Path, pointer: str) -> Path | None:
-    path = folder / pointer
-    named = folder / path.read_text().strip() if path.is_file() else folder
-    return named if named != folder and named.is_dir() else None
-
-
-def _point(folder: Path, pointer: str, name: str) -> None:
-    temporary = folder / f".{pointer}.partial"
-    temporary.write_text(name)
-    _fsync(temporary)
-    os.replace(temporary, folder / pointer)
-    _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,6 +12,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_reheat.errors import ReheatError
+from megatron_reheat.model.checkpoint import use_instead
+from megatron_reheat.model.checkpoint_pickles import explain, read_metadata
 
 
 class CheckpointReader:
@@ -23,7 +25,7 @@ class CheckpointReader:
 
     def __init__(self, checkpoint: Path) -> None:
         self._files = FileSystemReader(checkpoint)
-        metadata = self._files.read_metadata()
+        metadata = read_metadata(checkpoint)
         self._files.set_up_storage_reader(metadata, is_coordinator=True)
         self._stored: dict[str, TensorStorageMetadata] = {
             name: entry
@@ -40,15 +42,19 @@ class CheckpointReader:
         """Rows `start` to `stop` of the first dimension.
 
         Raises:
-            ReheatError: the checkpoint does not hold all of them.
+            ReheatError: the checkpoint does not hold all of them, or they cannot be read.
         """
         stored = self._stored[name]
         rows = torch.empty(stop - start, *stored.size[1:], dtype=stored.properties.dtype)
         wanted = ChunkStorageMetadata(torch.Size([start, *[0] * (rows.dim() - 1)]), rows.shape)
         items = create_read_items_for_chunk_list(name, stored, [wanted])
         if sum(math.prod(item.lengths) for item in items) != rows.numel():
-            raise ReheatError(f"{self.checkpoint} holds {name} in part only; use an earlier checkpoint")
-        self._files.read_data(LoadPlan(items), _Into(rows)).wait()
+            raise ReheatError(f"{self.checkpoint} holds {name} in part only; {use_instead(self.checkpoint)}")
+        try:
+            self._files.read_data(LoadPlan(items), _Into(rows)).wait()
+        except Exception as error:  # whatever a wrong place in a file leads to
+            reason = f"{name} cannot be read ({type(error).__name__}: {explain(error)})"
+            raise ReheatError(f"{self.checkpoint}: {reason}; {use_instead(self.checkpoint)}") from None
         return rows
 
 

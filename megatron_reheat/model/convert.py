@@ -10,21 +10,17 @@ none of which shares code with the conversion. Comparing takes memory of about t
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_reheat.config import Config, parse_config
@@ -32,33 +28,21 @@ from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.model.backend import choose_backend
 from megatron_reheat.model.checkpoint import install_checkpoint_fixes, load_weights, save_weights
 from megatron_reheat.model.checkpoint_reader import CheckpointReader
+from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import (
     AttentionShape,
-    HFReader,
     ParameterPlan,
-    check_weights,
     load_hf_weights,
+    read_model_folder,
+    tensor_shapes,
     to_hf_tensors,
     whole_model_rules,
 )
+from megatron_reheat.model.hf_writer import write_hf_folder
 from megatron_reheat.model.provider import build_model, head_dim, read_hf_config
 from megatron_reheat.parallel import topology as parallel_topology
 from megatron_reheat.parallel.topology import Topology
 
-# what a model folder may hold besides weights and config.json; transformers reads whichever are there
-COPIED_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-INDEX = "model.safetensors.index.json"
 PROMPT_LENGTHS = (4, 9, 16)
 GREEDY_TOKENS = 8
 # float32 forward passes of two implementations; relative to the largest logit where that exceeds 1
@@ -88,7 +72,7 @@ class HFExport:
         self.hf = read_hf_config(hf_folder)
         self._hf_folder = hf_folder
         self._reader = CheckpointReader(checkpoint)
-        shapes = _hf_shapes(self.hf)
+        shapes = tensor_shapes(self.hf)
         self._parameters = _plan(self.hf, hf_folder, self._reader, shapes)
         self.dtype = self._parameters[0].plan.dtype
         self._shapes = {name: shapes[name] for p in self._parameters for name in p.plan.hf_names}
@@ -112,44 +96,18 @@ class HFExport:
         # the padding of the vocabulary is not read at all
         return self._reader.read(plan.name, 0, self.hf.vocab_size if plan.kind == "rows" else plan.shape[0])
 
-    def write(self, folder: Path, *, shard_bytes: int) -> None:
-        """Weights, index, config.json, generation_config.json and the tokenizer's files, into an existing folder."""
-        config = json.loads((self._hf_folder / "config.json").read_text())
-        # transformers 4 wrote torch_dtype; the rest stays as it was, for whatever version reads it
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(self.dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for name in COPIED_FILES:
-            if (self._hf_folder / name).is_file():
-                shutil.copyfile(self._hf_folder / name, folder / name)
-        if not (folder / "generation_config.json").is_file():
-            GenerationConfig.from_model_config(self.hf).save_pretrained(folder)
-        meta = {n: torch.empty(s, dtype=self._dtypes[n], device="meta") for n, s in self._shapes.items()}
-        split = split_torch_state_dict_into_shards(meta, max_shard_size=shard_bytes)
-        self._write_shards(folder, split)
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2))
-        for file in split.filename_to_tensors:  # safetensors lets the owner alone read them
-            shutil.copymode(folder / "config.json", folder / file)
-
-    def _write_shards(self, folder: Path, split: StateDictSplit) -> None:
-        begun: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in self:
-            file = split.tensor_to_filename[name]
-            begun.setdefault(file, {})[name] = tensor
-            del tensor
-            if len(begun[file]) == len(split.filename_to_tensors[file]):
-                save_file(begun.pop(file), folder / file, metadata={"format": "pt"})
-        assert not begun
-
-
-def _hf_shapes(hf: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the network as transformers builds it, without its memory; a tied head has no entry."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if hf.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)
-    return shapes
+    def write(self, folder: Path, *, shard_bytes: int, stop_token_ids: Sequence[int]) -> None:
+        """Everything of a Hugging Face folder, into an existing one (`write_hf_folder`)."""
+        write_hf_folder(
+            folder,
+            self,
+            hf=self.hf,
+            source=self._hf_folder,
+            shapes=self._shapes,
+            dtypes=self._dtypes,
+            shard_bytes=shard_bytes,
+            stop_token_ids=stop_token_ids,
+        )
 
 
 def _plan(hf: Any, hf_folder: Path, reader: CheckpointReader, shapes: dict[str, tuple[int, ...]]) -> list[_Parameter]:
@@ -281,15 +239,14 @@ def compare_with_transformers(folder: Path, reference: Reference) -> float:
 def write_checkpoint(hf_folder: Path, checkpoints: Path, state: dict[str, Any]) -> torch.dtype:
     """Writes `checkpoints/step-0` with the weights of a Hugging Face folder; returns their dtype. Takes three times its memory.
 
-    bfloat16 stays, everything else becomes float32, which is exact.
+    A model all in bfloat16 stays so, any other becomes float32, which is exact for all but float64.
 
     Raises:
         ConfigError: the folder is incomplete or of an unsupported architecture.
     """
-    reader = HFReader(hf_folder)
-    check_weights(read_hf_config(hf_folder), reader)
-    dtype = reader.get("model.embed_tokens.weight").dtype
-    dtype = dtype if dtype == torch.bfloat16 else torch.float32
+    hf, reader = read_model_folder(hf_folder), HFReader(hf_folder)
+    in_bfloat16 = all(reader.dtype(name) == "BF16" for name in tensor_shapes(hf))
+    dtype = torch.bfloat16 if in_bfloat16 else torch.float32
     with _single_process(hf_folder, dtype) as (hf, config, topology):
         install_checkpoint_fixes()
         model = build_model(hf, config, topology, choose_backend(config.model.attention))

@@ -8,8 +8,8 @@ micro-batching.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,38 +27,34 @@ from megatron_reheat.metrics import MetricSums
 from megatron_reheat.model.architecture import Architecture
 from megatron_reheat.model.backend import choose_backend
 from megatron_reheat.model.head import head_input, head_weight
-from megatron_reheat.model.hf_weights import HFExporter, HFReader, load_hf_weights
+from megatron_reheat.model.hf_reader import HFReader
+from megatron_reheat.model.hf_weights import HFExporter, load_hf_weights
+from megatron_reheat.model.master_weights import MasterWeights, Snapshot
 from megatron_reheat.model.provider import build_model, check_layout, read_hf_config
-from megatron_reheat.parallel.packing import Aggregation, MicroBatch, make_microbatches
+from megatron_reheat.parallel.attention import Attention, AttentionTerm
+from megatron_reheat.parallel.head import head_loss
+from megatron_reheat.parallel.packing import Aggregation, Loss, MicroBatch, PerToken, make_microbatches
 from megatron_reheat.parallel.topology import Topology
-from megatron_reheat.parallel.vocab import VocabHead, VocabLogits, Vocabulary, head_loss
-from megatron_reheat.types import FloatArray, TrainBatch
+from megatron_reheat.parallel.vocab import VocabHead, VocabLogits, Vocabulary
+from megatron_reheat.types import FloatArray, Scores, TrainBatch
 
-Loss = Callable[[Vocabulary, MicroBatch], tuple[Tensor, MetricSums]]
 Accept = Callable[[dict[str, float]], bool]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Per sequence of the batch, [R] float32: log-probabilities at the sampling temperature, entropies at temperature 1."""
-
-    logprobs: list[FloatArray]
-    entropies: list[FloatArray]
-
-    @property
-    def mean_entropy(self) -> float:
-        """Token mean over the batch, in nats."""
-        count = sum(len(e) for e in self.entropies)
-        return float(sum(e.sum(dtype="float64") for e in self.entropies) / max(count, 1))
+# position of the micro-batch, the micro-batch and the model's output -> loss and metric sums
+Evaluate = Callable[[int, MicroBatch, Tensor], tuple[Tensor, MetricSums]]
+NO_COLUMNS: Mapping[str, PerToken] = {}
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """Reduced metrics of one optimizer step, and whether the weights changed."""
+    """Metrics of one optimizer step over all ranks, and whether the weights changed."""
 
-    metrics: dict[str, float]
+    sums: MetricSums
     applied: bool
     finite: bool
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return self.sums.reduced()
 
 
 class Engine:
@@ -81,31 +77,35 @@ class Engine:
             to_all=config.rollout.mode == "colocated",
         )
         self._model, self.optimizer = self._wrap(model)
+        self.masters = MasterWeights(model, self._model, self.optimizer, topology)
         self._forward_backward = get_forward_backward_func()
 
     # -- what the stages use ---------------------------------------------------------------------------------------
 
-    def score(self, batch: TrainBatch, *, temperature: float) -> Scores:
-        """Log-probabilities (at `temperature`) and entropies (at 1) of every response token, on every rank."""
-        scored: list[dict[int, tuple[FloatArray, FloatArray]]] = []
+    def score(self, batch: TrainBatch, *, temperature: float, columns: Mapping[str, PerToken] = NO_COLUMNS) -> Scores:
+        """Log-probabilities (at `temperature`) and entropies (at 1) of every response token, and `columns`, on every rank."""
+        if not len(batch):
+            return Scores([], [], {name: [] for name in columns})
+        scored: list[dict[int, tuple[FloatArray, ...]]] = []
 
         def keep(vocab: Vocabulary, micro: MicroBatch) -> tuple[Tensor, MetricSums]:
             result = vocab.logprobs(micro.targets, temperature=temperature)
-            logprobs, entropies = micro.unpack(result.logprobs), micro.unpack(result.entropy)
-            scored.append({i: (logprobs[i], entropies[i]) for i in logprobs})
+            answers = (result.logprobs, result.entropy, *(ask(vocab) for ask in columns.values()))
+            rows = [micro.unpack(answer) for answer in answers]
+            scored.append({i: tuple(row[i] for row in rows) for i in rows[0]})
             return result.logprobs.sum(), MetricSums()
 
         self._model.eval()
         with torch.no_grad():
-            self._run(self._microbatches(batch), keep, forward_only=True)
-        by_index: dict[int, tuple[FloatArray, FloatArray]] = {}
+            self._run(self._microbatches(batch), partial(self._whole_loss, keep), forward_only=True)
+        by_index: dict[int, tuple[FloatArray, ...]] = {}
         for part in self.topology.gather_from_last_stages(scored):
             for rows in part:
                 by_index.update(rows)
-        return Scores(
-            logprobs=[by_index[i][0] for i in range(len(batch))],
-            entropies=[by_index[i][1] for i in range(len(batch))],
+        logprobs, entropies, *further = (
+            list(column) for column in zip(*(by_index[i] for i in range(len(batch))), strict=True)
         )
+        return Scores(logprobs, entropies, dict(zip(columns, further, strict=True)))
 
     def update(
         self,
@@ -115,28 +115,55 @@ class Engine:
         lr: float,
         weight_decay: float,
         aggregation: Aggregation = "token_mean",
+        whole_sequences: bool = False,
         accept: Accept | None = None,
+        views: Mapping[str, TrainBatch] | None = None,
+        taps: Sequence[int] = (),
+        attention: AttentionTerm | None = None,
     ) -> UpdateResult:
         """One optimizer step on `batch`.
+
+        The loss finds further vocabularies of the same tokens in `micro.readings`, for which the head must be fused
+        (`model.fused_head`): under their names those of `views`, which are the same responses in the same order behind other
+        prompts, read by one more forward pass each without gradient; and as `layerN` what layer N of `taps`, counted from 1
+        and before the last, predicts through the final norm and the head, with gradient. A view may leave sequences out, as
+        ones without tokens: it says nothing about their positions, where it predicts anything alike. `attention` is added to
+        the loss.
+
+        A loss is asked chunk by chunk, as a sum over tokens can be. With `whole_sequences` it sees each micro-batch at once,
+        which never splits a sequence; the fused head then makes the logits a second time for their gradient.
 
         `accept` sees the reduced metrics after the backward pass and before the weights change; when it returns False, or
         when the loss or a gradient is not finite, the gradients are dropped and the weights stay as they are.
         """
+        views = views or {}
+        assert self.config.model.fused_head or not (views or taps or attention)
+        assert max(taps, default=0) < self.hf.num_hidden_layers  # the last layer's prediction is the policy's
+        micros = self._microbatches(batch, aggregation, beside=tuple(views.values()))
+        states = {name: self._view_states(name, views, batch, micros) for name in views}
         self._model.train()
         self._model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        per_microbatch = self._run(self._microbatches(batch, aggregation), loss, forward_only=False)
-        metrics = self._reduce(per_microbatch)
+        assert not (whole_sequences and (views or taps or attention))
+        in_chunks = partial(self._chunked_loss, loss, states, attention)
+        evaluate = partial(self._whole_loss, loss) if whole_sequences else in_chunks
+        self.module.taps = tuple(taps)
+        self.module.attention_taps = () if attention is None else attention.layers
+        try:
+            per_microbatch = self._run(micros, evaluate, forward_only=False)
+        finally:
+            self.module.taps = self.module.attention_taps = ()
+        sums = self._over_ranks(per_microbatch)
         finite = not self.topology.any(self._has_non_finite_gradients())
-        applied = finite and (accept is None or accept(metrics))
+        applied = finite and (accept is None or accept(sums.reduced()))
         if applied:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_mult", 1.0)
                 group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
             _, grad_norm, _ = self.optimizer.step()
-            metrics["optimizer/grad_norm"] = float(grad_norm)
-            metrics["optimizer/lr"] = lr
-        return UpdateResult(metrics, applied, finite)
+            sums.add_mean("optimizer/grad_norm", float(grad_norm), 1)
+            sums.add_mean("optimizer/lr", lr, 1)
+        return UpdateResult(sums, applied, finite)
 
     def iter_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Streams (Hugging Face name, full tensor) to each replica's leader; a collective that every rank drains."""
@@ -153,16 +180,13 @@ class Engine:
                 if "step" in group:  # the fused optimizers count per group
                     group["step"] = torch.zeros_like(group["step"]) if torch.is_tensor(group["step"]) else 0
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """A copy of this rank's parameters in host memory."""
-        return {n: p.detach().to("cpu", copy=True) for n, p in self.module.named_parameters()}
+    def snapshot(self, into: Snapshot | None = None) -> Snapshot:
+        """A copy of this rank's master weights in host memory, in that of `into` where an earlier one is given up."""
+        return self.masters.copy(into)
 
-    @torch.no_grad()
-    def restore(self, snapshot: dict[str, Tensor]) -> None:
-        """Puts a snapshot back, into the optimizer's main parameters too."""
-        for name, parameter in self.module.named_parameters():
-            parameter.copy_(snapshot[name])
-        self.optimizer.reload_model_params()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Puts master weights and weights back, to the bit; moments stay (see `master_weights`). A collective."""
+        self.masters.put_back(snapshot)
 
     def torch_optimizers(self) -> Iterator[torch.optim.Optimizer]:
         """The AdamW instances inside Megatron's optimizer."""
@@ -204,7 +228,33 @@ class Engine:
         model.config.finalize_model_grads_func = _finalize_without_rescaling
         return wrapped, optimizer
 
-    def _microbatches(self, batch: TrainBatch, aggregation: Aggregation = "token_mean") -> list[MicroBatch]:
+    def _view_states(
+        self, name: str, views: Mapping[str, TrainBatch], batch: TrainBatch, micros: Sequence[MicroBatch]
+    ) -> list[Tensor]:
+        """Per micro-batch of `batch` the final hidden states of a view at its responses, [R, H], without gradient, zero for
+        sequences that it leaves out; on the last stage, [] elsewhere."""
+        beside = [batch, *(view for other, view in views.items() if other != name)]
+        states: list[Tensor] = []
+
+        def keep(index: int, micro: MicroBatch, output: Tensor) -> tuple[Tensor, MetricSums]:
+            hidden, wanted = self._head_input(output), micros[index].sequence_indices
+            read = hidden[micro.loss_mask.nonzero()[:, 0]]
+            if wanted != micro.sequence_indices:
+                lengths = torch.tensor([batch.sequences[i].num_response_tokens for i in wanted])
+                is_read = torch.tensor([i in micro.sequence_indices for i in wanted]).repeat_interleave(lengths)
+                rows = is_read.nonzero()[:, 0].to(read.device)
+                read = read.new_zeros(len(is_read), read.size(1)).index_copy(0, rows, read)
+            states.append(read)
+            return hidden.new_zeros(()), MetricSums()
+
+        self._model.eval()
+        with torch.no_grad():
+            self._run(self._microbatches(views[name], beside=beside), keep, forward_only=True)
+        return states
+
+    def _microbatches(
+        self, batch: TrainBatch, aggregation: Aggregation = "token_mean", beside: Sequence[TrainBatch] = ()
+    ) -> list[MicroBatch]:
         parallel = self.config.parallel
         return make_microbatches(
             batch,
@@ -214,13 +264,16 @@ class Engine:
             alignment=parallel.tensor if parallel.sequence_parallel else 1,
             aggregation=aggregation,
             device=self.topology.device,
+            beside=beside,
         )
 
-    def _run(self, micros: Sequence[MicroBatch], loss: Loss, *, forward_only: bool) -> list[MetricSums]:
+    def _run(self, micros: Sequence[MicroBatch], evaluate: Evaluate, *, forward_only: bool) -> list[MetricSums]:
         """Megatron's pipeline schedule over the micro-batches; metric sums on the last stage, [] elsewhere."""
 
-        def forward_step(iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-            micro = next(iterator)
+        def forward_step(
+            iterator: Iterator[tuple[int, MicroBatch]], model: Any
+        ) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            index, micro = next(iterator)
             fp32_output = {"fp32_output": False} if self.module.config.bf16 else {}
             output = model(
                 micro.tokens[None],
@@ -229,12 +282,11 @@ class Engine:
                 packed_seq_params=_packed_seq_params(micro),
                 **fp32_output,
             )
-            evaluate = self._score_loss if forward_only else self._train_loss
-            return output, partial(self._loss, partial(evaluate, loss, micro))
+            return output, partial(self._loss, partial(evaluate, index, micro))
 
         return self._forward_backward(
             forward_step_func=forward_step,
-            data_iterator=iter(micros),
+            data_iterator=iter(enumerate(micros)),
             model=self._model,
             num_microbatches=len(micros),
             seq_length=self.config.parallel.microbatch_tokens,
@@ -251,49 +303,65 @@ class Engine:
         # the count is Megatron's business only when it divides by it, which `_finalize_without_rescaling` prevents
         return value, torch.ones((), dtype=torch.int, device=value.device), metrics
 
-    def _score_loss(self, loss: Loss, micro: MicroBatch, output: Tensor) -> tuple[Tensor, MetricSums]:
+    def _whole_loss(self, loss: Loss, _: int, micro: MicroBatch, output: Tensor) -> tuple[Tensor, MetricSums]:
         if not self.config.model.fused_head:
-            return loss(VocabLogits(output[0], self.hf.vocab_size, self._vocab_group), micro)
+            return loss(VocabLogits(output[0], self.hf.vocab_size, self._tensor_group, overwrite=True), micro)
         # positions that no loss counts are left out
-        vocab = VocabHead(mask=micro.loss_mask.bool(), **self._head_arguments(output))
+        vocab = VocabHead(self._head_input(output), mask=micro.loss_mask.bool(), **self._head())
         return loss(vocab, micro)
 
-    def _train_loss(self, loss: Loss, micro: MicroBatch, output: Tensor) -> tuple[Tensor, MetricSums]:
+    def _chunked_loss(
+        self,
+        loss: Loss,
+        states: Mapping[str, Sequence[Tensor]],
+        attention: AttentionTerm | None,
+        index: int,
+        micro: MicroBatch,
+        output: Tensor,
+    ) -> tuple[Tensor, MetricSums]:
         if not self.config.model.fused_head:
-            return loss(VocabLogits(output[0], self.hf.vocab_size, self._vocab_group, overwrite=True), micro)
-        arguments = self._head_arguments(output)
+            return loss(VocabLogits(output[0], self.hf.vocab_size, self._tensor_group, overwrite=True), micro)
         positions = micro.loss_mask.nonzero()[:, 0]
         counted, metrics = micro.at(positions), MetricSums()
+        # the policy's own, then the taps', then the views'
+        trained = [self._head_input(part)[positions] for part in output.chunk(1 + len(self.module.taps))]
+        hiddens = [*trained, *(of_view[index] for of_view in states.values())]
+        names = [f"layer{layer}" for layer in sorted(self.module.taps)] + list(states)
 
-        def chunk_loss(vocab: VocabLogits, rows: slice) -> Tensor:
-            value, sums = loss(vocab, counted.at(rows))
+        def chunk_loss(vocabs: Sequence[VocabLogits], rows: slice) -> Tensor:
+            own, *others = vocabs
+            readings = dict(zip(names, others, strict=True))
+            value, sums = loss(own, replace(counted.at(rows), readings=readings))
             metrics.merge(sums)
             return value
 
-        hidden = arguments.pop("hidden")[positions]
-        return head_loss(hidden, loss=chunk_loss, **arguments), metrics
+        value = head_loss(hiddens, loss=chunk_loss, **self._head())
+        if attention is None:
+            return value, metrics
+        attended, self.module.attended = self.module.attended, {}
+        layers = {n: Attention(queries, keys, self._tensor_group) for n, (queries, keys) in attended.items()}
+        term, sums = attention.loss(layers, micro)
+        metrics.merge(sums)
+        return value + term, metrics
 
-    def _head_arguments(self, output: Tensor) -> dict[str, Any]:
+    def _head_input(self, output: Tensor) -> Tensor:
+        return head_input(output, sequence_parallel=self.config.parallel.sequence_parallel)
+
+    def _head(self) -> dict[str, Any]:
         return {
-            "hidden": head_input(output, sequence_parallel=self.config.parallel.sequence_parallel),
             "weight": head_weight(self.module),
             "vocab_size": self.hf.vocab_size,
-            "group": self._vocab_group,
+            "group": self._tensor_group,
             "chunk_tokens": self.config.model.head_chunk_tokens,
         }
 
     @property
-    def _vocab_group(self) -> Any:
+    def _tensor_group(self) -> Any:
         return self.topology.tensor_group if self.topology.tensor_size > 1 else None
 
-    def _reduce(self, per_microbatch: Sequence[MetricSums]) -> dict[str, float]:
-        mine = MetricSums()
-        for metrics in per_microbatch:
-            mine.merge(metrics)
-        total = MetricSums()
-        for wire in self.topology.gather_from_last_stages(mine.to_wire()):
-            total.merge(MetricSums.from_wire(wire))
-        return total.reduced()
+    def _over_ranks(self, per_microbatch: Sequence[MetricSums]) -> MetricSums:
+        mine = MetricSums.merged(per_microbatch)
+        return MetricSums.from_wires(self.topology.gather_from_last_stages(mine.to_wire()))
 
     def _has_non_finite_gradients(self) -> bool:
         buffers = (*self._model.buffers, *self._model.expert_parallel_buffers)

@@ -11,7 +11,6 @@ A Megatron parameter corresponds to one or more Hugging Face tensors by a rule o
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,17 +20,24 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_reheat.errors import ConfigError
+from megatron_reheat.model.hf_reader import HFReader
+from megatron_reheat.model.provider import head_dim, read_hf_config
 from megatron_reheat.parallel.topology import Topology
 
 Kind = Literal["full", "rows", "columns", "gate_up", "qkv"]
 
+# as safetensors spells what a folder's weights may be -> what they are sampled in, where they are only sampled from
+WEIGHT_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# a buffer that old versions of transformers saved; it follows from the configuration
+DERIVED = ".rotary_emb.inv_freq"
+
 _OUTER: dict[str, tuple[Kind, tuple[str, ...]]] = {
-    "embedding.word_embeddings.weight": ("rows", ("model.embed_tokens.weight",)),
-    "output_layer.weight": ("rows", ("lm_head.weight",)),
+    "embedding.word_embeddings.weight": ("rows", (EMBEDDING,)),
+    "output_layer.weight": ("rows", (HEAD,)),
     "decoder.final_layernorm.weight": ("full", ("model.norm.weight",)),
 }
 _QKV = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
@@ -79,85 +85,97 @@ class ParameterPlan:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-class HFReader:
-    """Random access to the tensors of a Hugging Face folder, sharded or not, read lazily.
+def tensor_shapes(hf: Any) -> dict[str, tuple[int, ...]]:
+    """What a folder with configuration `hf` must hold, those of one layer next to each other; a tied head is left out."""
+    hidden, dim = hf.hidden_size, head_dim(hf)
+    queries, keys = hf.num_attention_heads * dim, hf.num_key_value_heads * dim
+    of_layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "mlp.down_proj.weight": (hidden, hf.intermediate_size),
+        "mlp.gate_proj.weight": (hf.intermediate_size, hidden),
+        "mlp.up_proj.weight": (hf.intermediate_size, hidden),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+    }
+    if hf.model_type == "qwen3":
+        of_layer |= {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
+    shapes: dict[str, tuple[int, ...]] = {} if hf.tie_word_embeddings else {HEAD: (hf.vocab_size, hidden)}
+    shapes[EMBEDDING] = (hf.vocab_size, hidden)
+    for layer in range(hf.num_hidden_layers):
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
+    shapes["model.norm.weight"] = (hidden,)
+    return shapes
+
+
+def read_model_folder(folder: Path) -> Any:
+    """The configuration of a folder whose weights are those of the network in it. What every command asks first.
+
+    Reads headers; of the weights themselves only a head that is said to be the embedding.
 
     Raises:
-        ConfigError: the folder holds no safetensors, or a file of them is missing or damaged.
+        ConfigError: naming the file, key or tensor at fault.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._open: dict[str, Any] = {}
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                self._files: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError):
-                raise ConfigError(f"model.hf_path: {index} is damaged; copy or download the model again") from None
-        elif (folder / "model.safetensors").is_file():
-            self._files = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
-        else:
-            raise ConfigError(
-                f"model.hf_path: {folder} has no model.safetensors and no index of shards; save the model as safetensors"
-            )
-        for file in sorted(set(self._files.values())):
-            self._file(file)
-
-    def names(self) -> set[str]:
-        return set(self._files)
-
-    def get(self, name: str) -> Tensor:
-        """The full tensor.
-
-        Raises:
-            ConfigError: the folder lacks it.
-        """
-        if name not in self._files:
-            raise ConfigError(
-                f"model.hf_path: {self.folder} lacks the tensor {name}, which its config.json calls for; "
-                "save model and config.json together"
-            )
-        return self._file(self._files[name]).get_tensor(name)
-
-    def _file(self, name: str) -> Any:
-        """An open file; opening reads its header only."""
-        if name not in self._open:
-            try:
-                self._open[name] = safe_open(self.folder / name, "pt")
-            except (OSError, SafetensorError) as error:
-                raise ConfigError(
-                    f"model.hf_path: {self.folder / name} cannot be read ({error}); copy or download the model again"
-                ) from None
-        return self._open[name]
-
-
-def tensor_names(hf: Any) -> list[str]:
-    """What a folder with configuration `hf` must hold, those of one layer next to each other; a tied head is left out."""
-    names = {n for _, hf_names in _OUTER.values() for n in hf_names}
-    if hf.tie_word_embeddings:
-        names.remove("lm_head.weight")
-    of_layer = {n for _, hf_names in _LAYER.values() for n in hf_names}
-    if hf.model_type != "qwen3":
-        of_layer -= {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
-    names |= {f"model.layers.{i}.{n}" for i in range(hf.num_hidden_layers) for n in of_layer}
-    return sorted(names)
+    hf = read_hf_config(folder)
+    check_weights(hf, HFReader(folder))
+    return hf
 
 
 def check_weights(hf: Any, reader: HFReader) -> None:
-    """Refuses a folder that lacks tensors of the architecture in its configuration, by name.
+    """Refuses a folder that does not hold the tensors of the architecture in its configuration, each of them and no others.
 
     Raises:
         ConfigError: naming the first few.
     """
-    held = reader.names()
-    missing = [name for name in tensor_names(hf) if name not in held]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    shapes, held = tensor_shapes(hf), reader.names()
+    together = "save model and config.json together"
+
+    def refuse(what: str, names: Sequence[str], fix: str) -> None:
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ConfigError(f"model.hf_path: {reader.folder} {what}: {', '.join(names[:3])}{more}; {fix}")
+
+    weights = sorted(name for name in held if not name.endswith(DERIVED))
+    packed = [f"{name} ({dtype})" for name in weights if (dtype := reader.dtype(name)) not in WEIGHT_DTYPES]
+    refuse("holds quantised tensors", packed, "only unquantised weights can be trained")
+    expected = shapes.keys() | ({HEAD} if hf.tie_word_embeddings else set())
+    refuse("holds tensors its config.json does not call for", [n for n in weights if n not in expected], together)
+    refuse("lacks tensors its config.json calls for", [name for name in shapes if name not in held], together)
+    for name, shape in shapes.items():
+        if reader.shape(name) != shape:
+            raise ConfigError(
+                f"model.hf_path: {reader.folder}: {name} {reader.shape(name)} does not fit its config.json, which calls for "
+                f"{shape}; {together}"
+            )
+    if hf.tie_word_embeddings and HEAD in held and not _equal(reader, HEAD, EMBEDDING):
         raise ConfigError(
-            f"model.hf_path: {reader.folder} lacks tensors its config.json calls for: {', '.join(missing[:3])}{more}; "
-            "save model and config.json together"
+            f"model.hf_path: {reader.folder} holds a {HEAD} of its own, but config.json says that it is the embedding; set "
+            "tie_word_embeddings to false in config.json, or save the model again"
         )
+
+
+def saved_dtype(reader: HFReader) -> str:
+    """The name of the torch dtype that a folder's weights were saved in, that of its embedding standing for all; float64, in
+    which nothing samples, counts as float32."""
+    return WEIGHT_DTYPES[reader.dtype(EMBEDDING)]
+
+
+def iter_folder_weights(hf: Any, reader: HFReader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a folder that passed `check_weights`, as vLLM expects them: layer by layer, without a tied head and what
+    else follows from the others.
+
+    Raises:
+        ReheatError: a tensor is not finite.
+    """
+    for name in tensor_shapes(hf):
+        yield name, reader.get(name).to(dtype)
+
+
+def _equal(reader: HFReader, a: str, b: str) -> bool:
+    tensors = [reader.get(name) for name in (a, b)]
+    return tensors[0].dtype == tensors[1].dtype and torch.equal(*tensors)
 
 
 def plan_parameters(model: GPTModel) -> list[ParameterPlan]:
@@ -196,10 +214,10 @@ def whole_model_rules(num_layers: int) -> Iterator[tuple[str, int | None, Kind, 
 
 @torch.no_grad()
 def load_hf_weights(model: GPTModel, reader: HFReader, topology: Topology) -> None:
-    """Fills this rank's shard of `model` (unwrapped) from a Hugging Face folder; padding rows become zero.
+    """Fills this rank's shard of `model` (unwrapped) from a folder that passed `check_weights`; padding rows become zero.
 
     Raises:
-        ConfigError: a tensor is missing or has another shape than the configuration says.
+        ReheatError: a tensor is not finite.
     """
     attention = AttentionShape.of(model)
     parameters = dict(model.named_parameters())
@@ -211,12 +229,8 @@ def load_hf_weights(model: GPTModel, reader: HFReader, topology: Topology) -> No
         plans.append(ParameterPlan("output_layer.weight", kind, hf_names, tuple(tied.shape), tied.dtype))
     for plan in plans:
         tensors = [reader.get(n) for n in plan.hf_names]
-        try:
-            shard = _to_shard(plan, tensors, attention, topology.tensor_rank, topology.tensor_size)
-            parameters[plan.name].copy_(shard)
-        except RuntimeError as error:
-            shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(plan.hf_names, tensors, strict=True))
-            raise ConfigError(f"{reader.folder}: {shapes} does not fit its config.json ({error})") from None
+        shard = _to_shard(plan, tensors, attention, topology.tensor_rank, topology.tensor_size)
+        parameters[plan.name].copy_(shard)
 
 
 def _to_shard(

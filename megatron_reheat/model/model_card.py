@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import importlib.metadata
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,14 @@ FACTS = (
 
 
 def model_card(
-    run: Path, state: dict[str, Any], *, model_type: str, num_parameters: int, dtype: str, verified: str
+    run: Path,
+    state: dict[str, Any],
+    *,
+    model_type: str,
+    num_parameters: int,
+    dtype: str,
+    verified: str,
+    stop_tokens: Sequence[str] = (),
 ) -> str:
     """Markdown with the front matter that the Hub reads.
 
@@ -48,6 +57,7 @@ def model_card(
         run: the run's folder; a missing metrics.jsonl leaves the metrics out.
         state: the checkpoint's state.json.
         verified: one sentence on how the converted weights were checked.
+        stop_tokens: at which the run's responses ended.
     """
     config = read_config_tree(run)
     name = _lookup(config, "run.name") or run.resolve().name
@@ -67,12 +77,13 @@ def model_card(
         "policy_version": state.get("policy_version"),
         "stage": controller.get("stage"),
         "reheating rounds": controller.get("round"),
+        **({"responses end at": ", ".join(stop_tokens)} if stop_tokens else {}),
         **{key: value for key in FACTS if (value := _lookup(config, key)) is not None},
     }
     versions = {p: v for p in PACKAGES if (v := _version(p)) is not None}
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {name}, step {state.get('step')}",
+        f"# {plain(name)}, step {state.get('step')}",
         f"A {model_type} model of {num_parameters / 1e6:,.1f}M parameters in {dtype}, converted from a Megatron checkpoint "
         f"of [megatron_reheat](https://arxiv.org/abs/2606.00755). {verified}",
         "## Provenance\n\n" + _table(("", ""), [(f"{k}", f"{v}") for k, v in provenance.items()]),
@@ -80,8 +91,16 @@ def model_card(
     if rows := _last_metrics(run, state.get("step") or 0):
         sections.append("## Last metrics\n\n" + _table(("metric", "value", "at step"), rows))
     sections.append("## Versions at conversion\n\n" + _table(("package", "version"), list(versions.items())))
-    sections.append(f"## Resolved configuration\n\n```yaml\n{yaml.safe_dump(config, sort_keys=False)}```")
+    text = yaml.safe_dump(config, sort_keys=False)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    sections.append(f"## Resolved configuration\n\n{fence}yaml\n{text}{fence}")
     return "\n\n".join(sections) + "\n"
+
+
+def plain(text: object) -> str:
+    """Text that Markdown, the HTML in it and a table's cells show as it is, in one line."""
+    line = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`*\[\]|]|(?<!\w)_|_(?!\w))", r"\\\1", line)
 
 
 def _last_metrics(run: Path, step: int) -> list[tuple[str, ...]]:
@@ -108,5 +127,5 @@ def _version(package: str) -> str | None:
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
+    lines = [head, ("---",) * len(head), *(tuple(map(plain, row)) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

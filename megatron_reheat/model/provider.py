@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
+import socket
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -12,13 +20,53 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_reheat.config import Config, ModelConfig
 from megatron_reheat.errors import ConfigError
+from megatron_reheat.files import problem_of_file, problem_of_folder
 from megatron_reheat.model.backend import Backend
 from megatron_reheat.model.head import HeadlessGPTModel
 from megatron_reheat.model.layers import block_spec
 from megatron_reheat.parallel.topology import Topology
 
-FAMILIES = ("qwen3", "llama")
+# transformers goes by model_type, vLLM by architectures: both must mean the same network
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+FAMILIES = tuple(ARCHITECTURES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FILE_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
+HUB_WAIT_S = 1.5
+MAX_SIZE = 2**31 - 1  # of a dimension, which CUDA's kernels count in 32 bits
+MAX_LAYERS = 10_000
+ADAPTER = "adapter_config.json"
+MERGE_ADAPTER = "merge it into the model that it adapts, and point at the result"
+# Where quantised weights are announced: by transformers and most tools, by older compressed-tensors, by MLX
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+QUANTIZATION_FILE = "hf_quant_config.json"  # by older ModelOpt
+# What changes the logits of related models, with the value under which it does not. Some of these keys are read by vLLM
+# for the two families here, some by transformers, some by neither; a model that was trained with one is not computed here.
+INERT_VALUES: dict[str, Any] = {
+    "attention_chunk_size": None,
+    "attention_multiplier": None,
+    "attn_logit_softcapping": None,
+    "bias": False,
+    "clip_qkv": None,
+    "dual_chunk_attention_config": None,
+    "embedding_multiplier": 1,
+    "final_logit_softcapping": None,
+    "is_causal": True,
+    "logit_scale": 1,
+    "logits_scaling": 1,
+    "no_rope_layers": None,
+    "per_layer_config": None,
+    "qkv_bias": False,
+    "query_pre_attn_scalar": None,
+    "residual_multiplier": 1,
+    "transformers_weights": None,
+}
+# the constants in Megatron's own formula
+LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+
+
+def is_local(hf_path: str) -> bool:
+    """Whether a `model.hf_path` can only be meant as a folder, whether or not that exists; else it is a hub name."""
+    return os.path.exists(hf_path) or hf_path.startswith((".", "/", "~")) or hf_path.count("/") > 1
 
 
 def resolve_hf_folder(config: ModelConfig) -> Path:
@@ -28,60 +76,187 @@ def resolve_hf_folder(config: ModelConfig) -> Path:
         ConfigError: neither a folder with a config.json nor a reachable hub name.
     """
     folder = Path(config.hf_path)
-    if (folder / "config.json").is_file():
-        return folder
-    if folder.exists() or config.hf_path.startswith((".", "/", "~")) or config.hf_path.count("/") > 1:
-        lacks = "has no config.json" if folder.exists() else "does not exist"
+    if is_local(config.hf_path):
+        if problem := problem_of_folder(folder):
+            raise ConfigError(f"model.hf_path: {folder} cannot be read: {problem}")
+        if (folder / "config.json").is_file():
+            _refuse_what_is_no_file(folder)
+            return folder
+        if (folder / ADAPTER).is_file():
+            raise ConfigError(f"model.hf_path: {folder} holds an adapter without its model; {MERGE_ADAPTER}")
+        lacks = "has no config.json" if os.path.exists(folder) else "does not exist"
         raise ConfigError(f"model.hf_path: {folder} {lacks}; point it at a Hugging Face model folder")
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
+    offline = not hub_answers()
     try:
-        return Path(snapshot_download(config.hf_path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(config.hf_path, allow_patterns=patterns, local_files_only=offline))
     except Exception as error:  # the hub client raises many kinds; all mean that the model is not to be had
+        reason = "the hub does not answer" if offline else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ConfigError(
-            f"model.hf_path: {config.hf_path} is neither a local folder nor a hub model that can be downloaded "
-            f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+            f"model.hf_path: {config.hf_path} is neither a local folder nor a hub model that can be downloaded ({reason}); "
+            "correct the name, or point it at a model's folder"
         ) from None
 
 
+def _refuse_what_is_no_file(folder: Path) -> None:
+    """Before anything reads them: a pipe or a device would be read for ever, or passed over as if it were not there."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in FILE_SUFFIXES and (problem := problem_of_file(path)):
+            raise ConfigError(f"model.hf_path: {path} cannot be read: {problem}, or copy the model again")
+
+
+def hub_answers() -> bool:
+    """Whether a connection to the hub can be made, within HUB_WAIT_S: its client would try for more than a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    endpoint = urlsplit(constants.ENDPOINT)
+    if getproxies().get(endpoint.scheme):  # which is not for us to find out
+        return True
+    answered = threading.Event()
+
+    def connect() -> None:
+        port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+        with contextlib.suppress(OSError), socket.create_connection((endpoint.hostname or "", port), HUB_WAIT_S):
+            answered.set()
+        done.set()
+
+    # in a thread, because nothing limits the time that a name is looked up in
+    done = threading.Event()
+    threading.Thread(target=connect, daemon=True).start()
+    done.wait(HUB_WAIT_S)
+    return answered.is_set()
+
+
 def read_hf_config(folder: Path) -> Any:
-    """The transformers configuration, checked to be of a supported family.
+    """The transformers configuration, checked to describe a network that is computed here as transformers computes it.
+
+    `eos_token_id` is None where config.json does not name one: the token that a class has for a default may be any in
+    this vocabulary.
 
     Raises:
         ConfigError: naming what is not supported.
     """
     from transformers import AutoConfig
 
+    path = folder / "config.json"
     try:
-        model_type = json.loads((folder / "config.json").read_text())["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"model.hf_path: {folder / 'config.json'} is not a JSON object with a model_type") from None
+        tree = json.loads(path.read_text())
+        model_type = tree["model_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise ConfigError(
+            f"model.hf_path: {path} is not a JSON object with a model_type; copy or download the model again"
+        ) from None
     if model_type not in FAMILIES:
-        raise ConfigError(f"{folder}: model_type {model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
-    try:
-        hf = AutoConfig.from_pretrained(folder)
-    except (OSError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"model.hf_path: {folder / 'config.json'} is not a valid configuration ({reason})") from None
-    problems = []
-    if hf.hidden_act != "silu":
-        problems.append(f"hidden_act {hf.hidden_act!r} (silu is)")
-    if getattr(hf, "attention_bias", False) or getattr(hf, "mlp_bias", False):
-        problems.append("biases in attention or MLP")
-    if getattr(hf, "use_sliding_window", False):
-        problems.append("sliding-window attention")
-    rope = rope_parameters(hf)
-    if rope["rope_type"] not in ("default", "llama3"):
-        problems.append(f"rope_type {rope['rope_type']!r} (default and llama3 are)")
-    elif rope["rope_type"] == "llama3" and (
-        rope["low_freq_factor"] != 1
-        or rope["high_freq_factor"] != 4
-        or rope["original_max_position_embeddings"] != 8192
-    ):
-        problems.append("llama3 rope with other constants than low 1, high 4, original length 8192")
+        raise ConfigError(
+            f"model.hf_path: {path}: model_type {model_type!r} is not supported; use one of {', '.join(FAMILIES)}"
+        )
+    if quantization := _quantization(folder, tree):
+        raise ConfigError(
+            f"model.hf_path: {folder} is quantised ({quantization}), and only unquantised weights can be trained; point it "
+            "at the model that this one was made from"
+        )
+    problems = [
+        f"{key} {tree[key]!r}"
+        for key, inert in INERT_VALUES.items()
+        if key in tree and tree[key] not in (None, [], {}, inert)
+    ]
+    if not problems:  # with some of them the configuration's own attributes cannot be read
+        try:
+            hf = AutoConfig.from_pretrained(folder)
+        except Exception as error:  # each of its validators raises a kind of its own
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"model.hf_path: {path} is not a valid configuration ({reason}); correct it, or download the model again"
+            ) from None
+        problems = list(_unsupported(hf))
     if problems:
-        raise ConfigError(f"{folder}: not supported: {'; '.join(problems)}")
+        raise ConfigError(f"model.hf_path: {path}: not supported: {'; '.join(problems)}")
+    if "eos_token_id" not in tree:
+        hf.eos_token_id = None
     return hf
+
+
+def _quantization(folder: Path, tree: dict[str, Any]) -> str | None:
+    for key in QUANTIZATION_KEYS:
+        if (value := tree.get(key)) is not None:
+            method = value.get("quant_method") if isinstance(value, dict) else None
+            return f"config.json's {key}{f': {method}' if method else ''}"
+    return QUANTIZATION_FILE if (folder / QUANTIZATION_FILE).is_file() else None
+
+
+def _unsupported(hf: Any) -> Iterator[str]:
+    """What of a configuration that transformers accepts is not computed here, or not by vLLM as by transformers."""
+    if hf.hidden_act != "silu":
+        yield f"hidden_act {hf.hidden_act!r} (silu is)"
+    if getattr(hf, "attention_bias", False) or getattr(hf, "mlp_bias", False):
+        yield "biases in attention or MLP"
+    # vLLM applies sliding_window wherever it stands; Qwen3's configuration clears it unless use_sliding_window is set
+    layer_types = set(getattr(hf, "layer_types", None) or ())
+    if getattr(hf, "use_sliding_window", False) or getattr(hf, "sliding_window", None):
+        yield "sliding-window attention (use_sliding_window, sliding_window)"
+    elif layer_types - {"full_attention"}:
+        yield f"layer_types {sorted(layer_types)} (full_attention is)"
+    if hf.architectures != [ARCHITECTURES[hf.model_type]]:
+        yield f"architectures {hf.architectures!r} (of {hf.model_type}, [{ARCHITECTURES[hf.model_type]!r}] is)"
+    yield from _unsupported_sizes(hf)
+    yield from _unsupported_rope(hf)
+
+
+def _unsupported_sizes(hf: Any) -> Iterator[str]:
+    sizes = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "max_position_embeddings",
+    )
+    if wrong := [f"{name} {getattr(hf, name)}" for name in sizes if getattr(hf, name) < 1]:
+        yield f"{', '.join(wrong)} (1 and more is)"
+        return
+    if large := [f"{name} {getattr(hf, name)}" for name in sizes if getattr(hf, name) > MAX_SIZE]:
+        yield f"{', '.join(large)} (at most {MAX_SIZE} is)"
+        return
+    if hf.num_hidden_layers > MAX_LAYERS:
+        yield f"num_hidden_layers {hf.num_hidden_layers} (at most {MAX_LAYERS} is)"
+        return
+    for name in ("rms_norm_eps", "initializer_range"):
+        if not (math.isfinite(value := getattr(hf, name)) and value >= 0):
+            yield f"{name} {value} (0 and more is)"
+    if hf.num_attention_heads % hf.num_key_value_heads:
+        yield f"num_attention_heads {hf.num_attention_heads}, no multiple of num_key_value_heads {hf.num_key_value_heads}"
+    if head_dim(hf) < 2 or head_dim(hf) % 2:
+        yield f"head_dim {head_dim(hf)} (even ones are)"
+    if hf.pad_token_id is not None and hf.pad_token_id >= hf.vocab_size:
+        yield f"pad_token_id {hf.pad_token_id} (the vocabulary ends at {hf.vocab_size - 1})"
+
+
+def _unsupported_rope(hf: Any) -> Iterator[str]:
+    rope = rope_parameters(hf)
+    kind, theta = rope["rope_type"], rope["rope_theta"]
+    if kind not in ("default", "llama3"):
+        yield f"rope_type {kind!r} (default and llama3 are)"
+        return
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf:
+        yield f"rope_theta {theta!r} (a number above 0 is)"
+    # transformers computes these two kinds without it, vLLM with it
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        yield f"partial_rotary_factor {rope['partial_rotary_factor']!r} (1 is)"
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if kind == "llama3":
+        known |= {"factor", *LLAMA3_ROPE}
+        # transformers lets a value outside of the rope settings overrule the one inside
+        length = getattr(hf, "original_max_position_embeddings", None)
+        given = rope if length is None else {**rope, "original_max_position_embeddings": length}
+        if any(given.get(key) != value for key, value in LLAMA3_ROPE.items()):
+            yield "llama3 rope with other constants than low 1, high 4, original length 8192"
+    if foreign := [key for key, value in rope.items() if key not in known and value is not None]:
+        yield f"{', '.join(foreign)} in the settings of {kind} rope"
 
 
 def rope_parameters(hf: Any) -> dict[str, Any]:
@@ -186,7 +361,7 @@ def build_model(hf: Any, config: Config, topology: Topology, backend: Backend) -
         post_process=topology.is_last_stage,
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=int(rope["rope_theta"]),
+        rotary_base=rope["rope_theta"],
         rope_scaling=rope["rope_type"] == "llama3",
         rope_scaling_factor=rope.get("factor", 8.0),
     )

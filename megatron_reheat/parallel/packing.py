@@ -7,21 +7,24 @@ wherever the next token is not part of a response.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_reheat.metrics import MetricSums
+from megatron_reheat.parallel.vocab import Vocabulary
 from megatron_reheat.types import FloatArray, TrainBatch, TrainSequence
 
 Aggregation = Literal["token_mean", "sequence_mean"]
 
 
 _PER_TOKEN = (
-    "tokens", "position_ids", "targets", "loss_mask", "loss_weights", "advantages", "old_logprobs", "rollout_logprobs",
+    "tokens", "position_ids", "targets", "loss_mask", "loss_weights", "sequence_weights", "advantages", "old_logprobs",
+    "rollout_logprobs",
 )  # fmt: skip
 
 
@@ -33,7 +36,10 @@ class MicroBatch:
     cu_seqlens:                     [S+1] int32, the last sequence may be padding
     loss_mask:                      [T] float32, 1 where `targets` is a response token
     loss_weights:                   [T] float32, share of each token in the batch's loss; they sum to 1 over the whole batch
+    sequence_weights:               [T] float32, what they would be if each response weighed the same (sequence_mean)
     advantages, old_logprobs, rollout_logprobs: [T] float32, zero outside responses
+    extra:                          further such columns of the sequences, by name; zero for a sequence without
+    readings:                       other vocabularies at the same positions, by name: a view's, an intermediate layer's
     """
 
     sequence_indices: tuple[int, ...]
@@ -44,9 +50,12 @@ class MicroBatch:
     max_seqlen: int
     loss_mask: Tensor
     loss_weights: Tensor
+    sequence_weights: Tensor
     advantages: Tensor
     old_logprobs: Tensor
     rollout_logprobs: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    readings: Mapping[str, Vocabulary] = field(default_factory=dict)
 
     def unpack(self, values: Tensor) -> dict[int, FloatArray]:
         """[T] per-token values -> {index in the train batch: [R] values of its response tokens}."""
@@ -60,7 +69,16 @@ class MicroBatch:
 
     def at(self, positions: Tensor | slice) -> MicroBatch:
         """What a loss needs, at some positions only; the packing (`cu_seqlens`) stays that of the whole micro-batch."""
-        return replace(self, **{name: getattr(self, name)[positions] for name in _PER_TOKEN})
+        extra = {name: column[positions] for name, column in self.extra.items()}
+        return replace(self, extra=extra, **{name: getattr(self, name)[positions] for name in _PER_TOKEN})
+
+
+# what a loss takes and gives: a micro-batch's share of the batch's loss (a sum over tokens whose weights carry the global
+# denominator), and metric sums
+Loss = Callable[[Vocabulary, MicroBatch], tuple[Tensor, MetricSums]]
+
+# an answer of the vocabulary at each of its positions, without gradient
+PerToken = Callable[[Vocabulary], Tensor]
 
 
 def make_microbatches(
@@ -72,36 +90,40 @@ def make_microbatches(
     alignment: int,
     aggregation: Aggregation = "token_mean",
     device: torch.device | str = "cpu",
+    beside: Sequence[TrainBatch] = (),
 ) -> list[MicroBatch]:
     """This rank's share of `batch`, in micro-batches of at most `microbatch_tokens` tokens before alignment.
 
     Every rank computes the same plan, so all get the same number of micro-batches without communicating; ranks that run
-    short get micro-batches without a sequence. The loss does not depend on the plan: weights are global.
+    short get micro-batches without a sequence, as do those whose sequences have no tokens. The loss does not depend on the
+    plan: weights are global. Batches of as many sequences that are read `beside` this one are cut alike: each has to name the
+    others.
     """
-    plans = [_fill_bins(share, batch, microbatch_tokens) for share in _balance(range(len(batch)), batch, data_size)]
+    lengths = [max(len(s.token_ids) for s in row) for row in zip(*(b.sequences for b in (batch, *beside)), strict=True)]
+    plans = [_fill_bins(share, lengths, microbatch_tokens) for share in _balance(range(len(batch)), lengths, data_size)]
     num_microbatches = max(len(plan) for plan in plans)
     mine = plans[data_rank] + [[] for _ in range(num_microbatches - len(plans[data_rank]))]
-    weight = _token_weight(batch, aggregation)
-    return [_pack(batch, indices, weight, alignment, device) for indices in mine]
+    weights = _token_weight(batch, aggregation), _token_weight(batch, "sequence_mean")
+    return [_pack(batch, indices, weights, alignment, device) for indices in mine]
 
 
-def _balance(indices: Sequence[int], batch: TrainBatch, num_ranks: int) -> list[list[int]]:
+def _balance(indices: Sequence[int], lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
     """Longest first, each to the rank with the fewest tokens."""
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
-    for index in _longest_first(indices, batch):
+    for index in _longest_first(indices, lengths):
         rank = loads.index(min(loads))
         shares[rank].append(index)
-        loads[rank] += len(batch.sequences[index].token_ids)
+        loads[rank] += lengths[index]
     return shares
 
 
-def _fill_bins(indices: Sequence[int], batch: TrainBatch, capacity: int) -> list[list[int]]:
+def _fill_bins(indices: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """First-fit decreasing; sequences of like length meet, which keeps padded attention dense."""
     bins: list[list[int]] = []
     space: list[int] = []
-    for index in _longest_first(indices, batch):
-        length = len(batch.sequences[index].token_ids)
+    for index in _longest_first(indices, lengths):
+        length = lengths[index]
         slot = next((i for i, free in enumerate(space) if free >= length), None)
         if slot is None:
             bins.append([])
@@ -112,33 +134,39 @@ def _fill_bins(indices: Sequence[int], batch: TrainBatch, capacity: int) -> list
     return bins
 
 
-def _longest_first(indices: Sequence[int], batch: TrainBatch) -> list[int]:
-    return sorted(indices, key=lambda i: (-len(batch.sequences[i].token_ids), i))
+def _longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    return sorted(indices, key=lambda i: (-lengths[i], i))
 
 
 def _token_weight(batch: TrainBatch, aggregation: Aggregation) -> Callable[[TrainSequence], float]:
-    if aggregation == "token_mean":
-        total = max(batch.num_valid_tokens, 1)
-        return lambda sequence: 1.0 / total
-    return lambda sequence: 1.0 / (len(batch) * max(sequence.num_response_tokens, 1))
+    total, count = max(batch.num_valid_tokens, 1), sum(s.share is None for s in batch.sequences)
+
+    def weight(sequence: TrainSequence) -> float:
+        if sequence.share is not None:
+            return sequence.share
+        return 1.0 / total if aggregation == "token_mean" else 1.0 / (count * max(sequence.num_response_tokens, 1))
+
+    return weight
 
 
 def _pack(
     batch: TrainBatch,
     indices: Sequence[int],
-    token_weight: Callable[[TrainSequence], float],
+    token_weights: Sequence[Callable[[TrainSequence], float]],
     alignment: int,
     device: torch.device | str,
 ) -> MicroBatch:
+    indices = [i for i in indices if len(batch.sequences[i].token_ids)]
     sequences = [batch.sequences[i] for i in indices]
     lengths = [len(s.token_ids) for s in sequences]
     used = sum(lengths)
     total = max(-(-used // alignment), 1) * alignment
     borders = np.cumsum([0, *lengths, *([total - used] if total > used else [])])
     ints = np.zeros((3, total), dtype=np.int64)
-    floats = np.zeros((5, total), dtype=np.float32)
+    names = sorted({name for s in batch.sequences for name in s.extra})
+    floats = np.zeros((6 + len(names), total), dtype=np.float32)
     tokens, positions, targets = ints
-    mask, weights, advantages, old_logprobs, rollout_logprobs = floats
+    mask, *weights, advantages, old_logprobs, rollout_logprobs = floats[:6]
     positions[used:] = np.arange(total - used)
     for sequence, start, length in zip(sequences, borders, lengths, strict=False):
         end = start + length
@@ -147,12 +175,16 @@ def _pack(
         targets[start : end - 1] = sequence.token_ids[1:]
         predicting = slice(start + sequence.num_prompt_tokens - 1, end - 1)
         mask[predicting] = 1.0
-        weights[predicting] = token_weight(sequence)
+        for row, weight in zip(weights, token_weights, strict=True):
+            row[predicting] = weight(sequence)
         advantages[predicting] = sequence.advantage
         if sequence.old_logprobs is not None:
             old_logprobs[predicting] = sequence.old_logprobs
         if sequence.rollout_logprobs is not None:
             rollout_logprobs[predicting] = sequence.rollout_logprobs
+        for column, name in zip(floats[6:], names, strict=True):
+            if name in sequence.extra:
+                column[predicting] = sequence.extra[name]
     int_rows, float_rows = torch.from_numpy(ints).to(device), torch.from_numpy(floats).to(device)
     return MicroBatch(
         sequence_indices=tuple(indices),
@@ -163,7 +195,9 @@ def _pack(
         max_seqlen=int(np.diff(borders).max()),
         loss_mask=float_rows[0],
         loss_weights=float_rows[1],
-        advantages=float_rows[2],
-        old_logprobs=float_rows[3],
-        rollout_logprobs=float_rows[4],
+        sequence_weights=float_rows[2],
+        advantages=float_rows[3],
+        old_logprobs=float_rows[4],
+        rollout_logprobs=float_rows[5],
+        extra=dict(zip(names, float_rows[6:], strict=True)),
     )

@@ -5,6 +5,7 @@ The sole reader of Megatron's parallel state: everyone else asks the frozen `Top
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -110,7 +111,7 @@ def _values(gathered: list[tuple[Any, str | None]]) -> list[Any]:
     return [value for value, _ in gathered]
 
 
-def initialize(config: Config, *, timeout_s: float = 3600.0) -> Topology:
+def initialize(config: Config) -> Topology:
     """Joins the process group torchrun prepared (or makes a group of one) and lays out TP x PP x DP.
 
     Raises:
@@ -130,10 +131,11 @@ def initialize(config: Config, *, timeout_s: float = 3600.0) -> Topology:
         alone: dict[str, Any] = (
             {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
         )
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **alone)
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout_s), **alone)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        distributed_timeout_minutes=math.ceil(config.parallel.timeout_s / 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed + 1)
     return current(torch.device("cpu") if on_cpu else torch.device("cuda", local_rank))
@@ -158,6 +160,15 @@ def current(device: torch.device) -> Topology:
         data_group=parallel_state.get_data_parallel_group(),
         replica_group=parallel_state.get_model_parallel_group(),
     )
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether this is how a collective, or the meeting before the first, fails for want of another rank.
+
+    Gloo's errors are plain RuntimeErrors. NCCL's are of one class, whatever is wrong, and mostly something else is.
+    """
+    is_meeting = isinstance(error, dist.DistStoreError | dist.DistNetworkError)
+    return is_meeting or any(words in str(error) for words in ("gloo/transport", "ncclRemoteError"))
 
 
 def finalize() -> None:

@@ -11,15 +11,16 @@ an online softmax. With z the logits, m their global maximum and d = z - m:
     KL(q || p_T)  = (1 - 1/T) M1 - A1 + AT      d/dz_v = (1 - 1/T) q_v (d_v - M1)
 
 The backward pass needs only the merged scalars, so no tensor of the logits' size outlives the forward pass except the logits
-themselves (`VocabLogits`), or none at all: `VocabHead` makes them again chunk by chunk, and `head_loss`, for a loss that is a
-sum over tokens, is done with a chunk before it makes the next. Scalars are kept in float64: entropies of 1e-4 nats and their
-gradients stay exact to float32 rounding.
+themselves (`VocabLogits`), or none at all: `VocabHead` makes them again chunk by chunk, and `head.head_loss`, for a loss that
+is a sum over tokens, is done with a chunk before it makes the next. Scalars are kept in float64: entropies of 1e-4 nats and
+their gradients stay exact to float32 rounding. How far the policy is from another distribution takes two passes (`divergence`).
 """
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -27,21 +28,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_reheat.parallel.vocab_kernels import (
-    NUM_SUMS,
-    compute_dtype,
-    merge,
-    shard_sums,
-    write_gradient,
-)
+from megatron_reheat.parallel.divergence import Comparison, HeadDivergence, LogitsDivergence
+from megatron_reheat.parallel.head_products import head_gradient, head_logits
+from megatron_reheat.parallel.shards import gather_shards
+from megatron_reheat.parallel.vocab_kernels import NUM_SUMS, chunks, compute_dtype, merge, shard_sums, write_gradient
 from megatron_reheat.parallel.vocab_rows import RowCoefficients, RowScalars
 
 Direction = Literal["forward", "reverse"]
 
 DEFAULT_CHUNK_TOKENS = 1024
-
-# Rows of the head's weight whose gradient, or float32 copy, exists at a time.
-_WEIGHT_BLOCK = 8192
 
 
 class TemperedKL(NamedTuple):
@@ -62,13 +57,18 @@ class VocabLogprobs(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of the logits: log-probabilities at `temperature`, or the KL to the policy tempered by it."""
+    """What is asked of the logits: log-probabilities at `temperature`, or the KL to the policy tempered by it.
 
-    what: Literal["logprobs", "forward", "reverse"]
+    Or the mean of its entropy flow, for which q^2 is q tempered by 1/2, but for its normalizer.
+    """
+
+    what: Literal["logprobs", "forward", "reverse", "flow"]
     temperature: float
 
     def answers(self, s: RowScalars, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """(logprobs, entropy), or (kl, entropy, teacher entropy, logprobs at temperature 1); each [N]."""
+        """(logprobs, entropy), (mean flow,), or (kl, entropy, teacher entropy, logprobs at temperature 1); each [N]."""
+        if self.what == "flow":
+            return (((s.tempered_log_sum - 2 * s.log_sum).exp() * (s.tempered_mean - s.mean)).to(dtype),)
         entropy = (s.log_sum - s.mean).to(dtype)
         if self.what == "logprobs":
             return (s.target / self.temperature - s.tempered_log_sum).to(dtype), entropy
@@ -115,9 +115,78 @@ class Vocabulary(ABC):
         kl, entropy, teacher_entropy, logprobs = self._ask(Question(direction, temperature), targets)
         return TemperedKL(kl, entropy, teacher_entropy, None if targets is None else logprobs)
 
+    @torch.no_grad()
+    def mean_entropy_flow(self) -> Tensor:
+        """[...] sum_v q_v^2 (log q_v + H) at temperature 1, without gradient.
+
+        The mean, over tokens v drawn from the policy q, of their flow q_v (log q_v + H). To first order, a step that adds
+        eps A (1[v = y] - q_v) to the logits changes the entropy H by -eps A (flow of y - mean flow), which is what OPEFO
+        (arXiv 2605.11491) estimates.
+        """
+        (flow,) = self._ask(Question("flow", 0.5), None)
+        return flow
+
+    def kl_to(self, other: Vocabulary, *, direction: Direction = "reverse", temperature: float = 1.0) -> Tensor:
+        """KL divergence per position between the policy, self, and a detached teacher, both at `temperature`.
+
+        Args:
+            other: the teacher, for the same positions and the same shard of the vocabulary, in any form; gets no gradient.
+            direction: reverse is KL(self || other), forward KL(other || self).
+            temperature: divides both sides' logits; the result is not scaled by its square.
+
+        Returns:
+            [...] float32 in nats, never negative, the same on every rank of the group; carries gradient to self. Infinite
+            where the distribution that takes the mean allows a token that the other one excludes (a logit of -inf).
+        """
+        if direction not in ("forward", "reverse"):
+            raise ValueError(f"direction must be 'forward' or 'reverse', not {direction!r}")
+        return self._compare(other, Comparison(direction, temperature))
+
+    def js_to(self, other: Vocabulary, *, temperature: float = 1.0) -> Tensor:
+        """Jensen-Shannon divergence per position, in [0, ln 2] nats; otherwise as `kl_to`."""
+        return self._compare(other, Comparison("js", temperature))
+
+    def _compare(self, other: Vocabulary, comparison: Comparison) -> Tensor:
+        mine, theirs = ((*v.shape, v.num_columns, v.vocab_size) for v in (self, other))
+        if mine != theirs:
+            raise ValueError(
+                f"cannot compare predictions of different shapes (..., shard, vocabulary): {mine}, {theirs}"
+            )
+        if comparison.temperature <= 0:
+            raise ValueError(f"temperature must be positive, not {comparison.temperature}")
+        return self._diverge(other, comparison)
+
     @abstractmethod
     def _ask(self, question: Question, targets: Tensor | None) -> tuple[Tensor, ...]:
         """The question's answers, one value per position."""
+
+    @abstractmethod
+    def _diverge(self, other: Vocabulary, comparison: Comparison) -> Tensor:
+        """The comparison's value per position."""
+
+    chunk_tokens: int  # positions whose logits may be asked for at a time
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """Of the positions."""
+
+    @abstractmethod
+    def sources(self) -> tuple[Tensor, ...]:
+        """What the logits are or are made of, position by position, detached."""
+
+    @abstractmethod
+    def logits_of(self, sources: Sequence[Tensor], rows: slice | Tensor) -> Tensor:
+        """[n, C] logits of some of the flattened positions, without the padding columns."""
+
+    _num_readers = 0
+
+    def will_be_read(self) -> None:
+        """A backward pass may come that reads the logits; it then says `has_been_read`."""
+        self._num_readers += torch.is_grad_enabled()
+
+    def has_been_read(self) -> None:
+        self._num_readers -= 1
 
     @property
     @abstractmethod
@@ -149,8 +218,11 @@ class VocabLogits(Vocabulary):
         logits: [..., V/TP], any floating dtype; this rank's shard.
         vocab_size: V without padding.
         group: the tensor-parallel group, or None if the vocabulary is not split.
-        overwrite: the backward pass may write the gradient over the logits, which nobody else may need by then.
+        overwrite: the backward pass may write the gradient over the logits, which nobody else may need by then. Of several
+            questions to this object the one whose backward pass comes last does so; the others' gradients are new tensors.
     """
+
+    chunk_tokens = sys.maxsize
 
     def __init__(
         self, logits: Tensor, vocab_size: int, group: dist.ProcessGroup | None = None, *, overwrite: bool = False
@@ -161,11 +233,36 @@ class VocabLogits(Vocabulary):
     def num_columns(self) -> int:
         return self.logits.size(-1)
 
+    @property
+    def shape(self) -> torch.Size:
+        return self.logits.shape[:-1]
+
     def _ask(self, question: Question, targets: Tensor | None) -> tuple[Tensor, ...]:
-        shape = self.logits.shape[:-1]
-        flat = self.logits.reshape(-1, self.num_columns)
-        answers = _FromLogits.apply(flat, self._local(targets, shape), question, self)
-        return tuple(answer.view(shape) for answer in answers)
+        self.will_be_read()
+        answers = _FromLogits.apply(self._flat, self._local(targets, self.shape), question, self)
+        return tuple(answer.view(self.shape) for answer in answers)
+
+    def _diverge(self, other: Vocabulary, comparison: Comparison) -> Tensor:
+        self.will_be_read()
+        if self.logits.requires_grad:
+            other.will_be_read()
+        value: Tensor = LogitsDivergence.apply(self._flat, self, other, comparison)
+        return value.view(self.shape)
+
+    @property
+    def _flat(self) -> Tensor:
+        return self.logits.reshape(-1, self.num_columns)
+
+    def sources(self) -> tuple[Tensor, ...]:
+        return (self._flat.detach(),)
+
+    def logits_of(self, sources: Sequence[Tensor], rows: slice | Tensor) -> Tensor:
+        return sources[0][rows, : self.num_valid_columns]
+
+    def gradient_place(self, logits: Tensor) -> Tensor:
+        """Where a backward pass writes its gradient: over the logits, if it may and is the last one that reads them."""
+        self.has_been_read()
+        return logits if self.overwrite and self._num_readers == 0 else torch.empty_like(logits)
 
 
 class VocabHead(Vocabulary):
@@ -176,7 +273,8 @@ class VocabHead(Vocabulary):
         weight: [V/TP, H], this rank's shard. Where it has Megatron's `main_grad`, its gradient is added there directly.
         vocab_size: V without padding.
         group: the tensor-parallel group, or None if the vocabulary is not split.
-        mask: [...] bool; positions where it is False are skipped, and every answer there is zero.
+        mask: [...] bool; positions where it is False are skipped, and every answer there is zero. Of two heads that are
+            compared, the policy's counts.
         chunk_tokens: tokens whose logits exist at a time; peak memory is about three float32 tensors [chunk, V/TP].
     """
 
@@ -197,89 +295,51 @@ class VocabHead(Vocabulary):
     def num_columns(self) -> int:
         return self.weight.size(0)
 
+    @property
+    def shape(self) -> torch.Size:
+        return self.hidden.shape[:-1]
+
     def _ask(self, question: Question, targets: Tensor | None) -> tuple[Tensor, ...]:
-        shape = self.hidden.shape[:-1]
-        hidden = self.hidden.reshape(-1, self.hidden.size(-1))
-        local = self._local(targets, shape)
-        if self.mask is None:
-            return tuple(a.view(shape) for a in _FromHead.apply(hidden, self.weight, local, question, self))
-        rows = self.mask.reshape(-1).nonzero()[:, 0]
-        local = None if local is None else local[rows]
-        answers = _FromHead.apply(hidden[rows], self.weight, local, question, self)
-        return tuple(a.new_zeros(hidden.size(0)).index_copy(0, rows, a).view(shape) for a in answers)
+        local, rows = self._local(targets, self.shape), self._rows
+        if rows is None:
+            hidden = self._flat
+        else:
+            hidden, local = self._flat[rows], None if local is None else local[rows]
+        return tuple(self._spread(a, rows) for a in _FromHead.apply(hidden, self.weight, local, question, self))
 
+    def _diverge(self, other: Vocabulary, comparison: Comparison) -> Tensor:
+        rows = self._rows
+        if self.hidden.requires_grad or self.weight.requires_grad:
+            other.will_be_read()
+        hidden = self._flat if rows is None else self._flat[rows]
+        return self._spread(HeadDivergence.apply(hidden, self.weight, rows, self, other, comparison), rows)
 
-def head_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    loss: Callable[[VocabLogits, slice], Tensor],
-    vocab_size: int,
-    group: dist.ProcessGroup | None = None,
-    *,
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
-) -> Tensor:
-    """A loss that is a sum over tokens, from hidden states and the head's weight: forward and backward chunk by chunk.
+    @property
+    def _flat(self) -> Tensor:
+        return self.hidden.reshape(-1, self.hidden.size(-1))
 
-    `loss` sees the logits of one chunk and which rows of `hidden` they belong to, and returns its share. Its gradient is
-    taken while the chunk's logits still exist, so that the head costs three matrix products, not the four of `VocabHead`,
-    whose backward pass makes the logits again.
+    @property
+    def _rows(self) -> Tensor | None:
+        return None if self.mask is None else self.mask.reshape(-1).nonzero()[:, 0]
 
-    Args:
-        hidden: [N, H], otherwise as for `VocabHead`.
-        weight: [V/TP, H]. Where it has Megatron's `main_grad`, the gradient is added there at once; the result must then
-            enter the total loss with factor one, which the backward pass checks.
+    def _spread(self, answer: Tensor, rows: Tensor | None) -> Tensor:
+        if rows is not None:
+            answer = answer.new_zeros(self.shape.numel()).index_copy(0, rows, answer)
+        return answer.view(self.shape)
 
-    Returns:
-        The sum of the shares, a scalar that carries gradient to `hidden` and `weight`.
-    """
-    total: Tensor = _HeadLoss.apply(hidden, weight, loss, vocab_size, group, chunk_tokens)
-    return total
+    def sources(self) -> tuple[Tensor, ...]:
+        return self._flat.detach(), self.weight.detach()
 
-
-class _HeadLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        loss: Callable[[VocabLogits, slice], Tensor],
-        vocab_size: int,
-        group: dist.ProcessGroup | None,
-        chunk_tokens: int,
-    ) -> Tensor:
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight, returned = _weight_gradient(weight)
-        total = torch.zeros((), dtype=compute_dtype(hidden), device=hidden.device)
-
-        def take(rows: slice) -> None:  # a function, so that a chunk's logits are gone before the next ones are made
-            logits = _head_logits(hidden[rows], weight).requires_grad_()
-            with torch.enable_grad():
-                value = loss(VocabLogits(logits, vocab_size, group, overwrite=True), rows)
-            (gradient,) = torch.autograd.grad(value, logits)
-            gradient = gradient.to(weight.dtype)
-            torch.mm(gradient, weight, out=grad_hidden[rows])
-            _add_outer(grad_weight, gradient, hidden[rows])
-            total.add_(value.detach())
-
-        for rows in _chunks(hidden.size(0), chunk_tokens):
-            take(rows)
-        ctx.save_for_backward(grad_hidden, None if returned is None else returned.to(weight.dtype))
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, factor: Tensor) -> Any:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_weight is None:
-            torch._assert_async(factor == 1, "a loss whose head gradient is in main_grad must not be scaled")
-            return grad_hidden, None, None, None, None, None
-        return grad_hidden * factor, grad_weight * factor, None, None, None, None
+    def logits_of(self, sources: Sequence[Tensor], rows: slice | Tensor) -> Tensor:
+        hidden, weight = sources
+        return head_logits(hidden[rows], weight[: self.num_valid_columns])
 
 
 class _FromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor | None, question: Question, vocab: VocabLogits) -> Any:
         sums = shard_sums(logits[:, : vocab.num_valid_columns], targets, question.temperature)
-        scalars = merge(_all_gather(sums, vocab.group), question.temperature)
+        scalars = merge(gather_shards(sums, vocab.group), question.temperature)
         ctx.save_for_backward(logits, targets)
         ctx.scalars, ctx.question, ctx.vocab = scalars, question, vocab
         answers = question.answers(scalars, compute_dtype(logits))
@@ -290,7 +350,7 @@ class _FromLogits(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         logits, targets = ctx.saved_tensors
         columns, question = ctx.vocab.num_valid_columns, ctx.question
-        out = logits if ctx.vocab.overwrite else torch.empty_like(logits)
+        out = ctx.vocab.gradient_place(logits)
         coefficients = question.coefficients(gradients)
         write_gradient(out[:, :columns], logits[:, :columns], targets, ctx.scalars, coefficients, question.temperature)
         # in place, as far as autograd can see: another backward pass through overwritten logits is refused by it
@@ -305,11 +365,11 @@ class _FromHead(torch.autograd.Function):
     ) -> Any:
         sums = torch.zeros(NUM_SUMS, hidden.size(0), dtype=torch.float64, device=hidden.device)
         valid = weight[: head.num_valid_columns]
-        for rows in _chunks(hidden.size(0), head.chunk_tokens):
+        for rows in chunks(hidden.size(0), head.chunk_tokens):
             chunk_targets = None if targets is None else targets[rows]
             # the logits have no name here that would keep them while the next ones are made
-            sums[:, rows] = shard_sums(_head_logits(hidden[rows], valid), chunk_targets, question.temperature)
-        scalars = merge(_all_gather(sums, head.group), question.temperature)
+            sums[:, rows] = shard_sums(head_logits(hidden[rows], valid), chunk_targets, question.temperature)
+        scalars = merge(gather_shards(sums, head.group), question.temperature)
         ctx.save_for_backward(hidden, weight, targets)
         ctx.scalars, ctx.question, ctx.head = scalars, question, head
         answers = question.answers(scalars, compute_dtype(hidden))
@@ -319,75 +379,13 @@ class _FromHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         hidden, weight, targets = ctx.saved_tensors
-        head, question = ctx.head, ctx.question
-        valid = weight[: head.num_valid_columns]
+        head, question, scalars = ctx.head, ctx.question, ctx.scalars
         coefficients = question.coefficients(gradients)
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight, returned = _weight_gradient(weight) if ctx.needs_input_grad[1] else (None, None)
 
-        def take(rows: slice) -> None:
-            logits = _head_logits(hidden[rows], valid)
-            write_gradient(
-                logits,
-                logits,
-                None if targets is None else targets[rows],
-                ctx.scalars.rows(rows),
-                coefficients.rows(rows),
-                question.temperature,
-            )
-            gradient = logits.to(weight.dtype)
-            torch.mm(gradient, valid, out=grad_hidden[rows])
-            if grad_weight is not None:
-                _add_outer(grad_weight, gradient, hidden[rows])
+        def write(logits: Tensor, rows: slice) -> None:
+            local = None if targets is None else targets[rows]
+            shares = scalars.rows(rows), coefficients.rows(rows)
+            write_gradient(logits, logits, local, *shares, question.temperature)
 
-        for rows in _chunks(hidden.size(0), head.chunk_tokens) if len(valid) else ():
-            take(rows)
-        if returned is not None:
-            returned = returned.to(weight.dtype)
-        return grad_hidden, returned, None, None, None
-
-
-def _weight_gradient(weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Where the head's gradient is summed up, and what autograd is given of it."""
-    main_grad = getattr(weight, "main_grad", None)
-    if main_grad is not None:
-        return main_grad, None
-    # float32 sums, as in Megatron's buffers: there is one term per chunk
-    gradient = torch.zeros_like(weight, dtype=compute_dtype(weight))
-    return gradient, gradient
-
-
-def _add_outer(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """total [V/TP, H] += gradient^T hidden, without a temporary of the weight's size."""
-    columns = gradient.size(-1)
-    if total.dtype == gradient.dtype:
-        total[:columns].addmm_(gradient.t(), hidden)
-        return
-    for block in _chunks(columns, _WEIGHT_BLOCK):
-        total[block].add_(gradient[:, block].t() @ hidden)
-
-
-def _head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """[n, H] x [C, H] -> [n, C] in float32 (or float64), whatever the inputs: low-precision logits distort entropies."""
-    dtype = compute_dtype(hidden)
-    if hidden.dtype == dtype:
-        return hidden @ weight.t()
-    if hidden.is_cuda:
-        return torch.mm(hidden, weight.t(), out_dtype=dtype)
-    logits = hidden.new_empty(hidden.size(0), weight.size(0), dtype=dtype)
-    for block in _chunks(weight.size(0), _WEIGHT_BLOCK):
-        logits[:, block] = hidden.to(dtype) @ weight[block].to(dtype).t()
-    return logits
-
-
-def _chunks(count: int, size: int) -> list[slice]:
-    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
-
-
-def _all_gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[...] -> [TP, ...]"""
-    if group is None or dist.get_world_size(group) == 1:
-        return local[None]
-    shards = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(shards, local, group=group)
-    return torch.stack(shards)
+        columns, wanted = head.num_valid_columns, ctx.needs_input_grad[1]
+        return *head_gradient(hidden, weight, columns, write, head.chunk_tokens, wanted), None, None, None

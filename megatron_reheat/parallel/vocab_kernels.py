@@ -6,11 +6,12 @@ seconds that compiling takes: fused into one loop it is about three times as fas
 They see one rank's logits [N, C] without padding columns and communicate nothing; between them the shards' sums are
 gathered and merged. With d = z - m:
 
-    shard_sums      m = max z,  s1 = sum e^d,  w1 = sum e^d d,  sT = sum e^(d/T),  wT = sum e^(d/T) d,  z_y
+    shard_sums      m = max z,  r1 = sum e^d - 1,  w1 = sum e^d d,  rT = sum e^(d/T) - 1,  wT = sum e^(d/T) d,  z_y
     write_gradient  g_v = target (1[v=y] - p_v) + entropy q_v (d_v - M1) + contrast (q_v - p_v)
 
 with q = e^(d - A1) the policy and p = e^(d/T - AT) its tempered self; every loss of the package is a choice of the three
-coefficients. Differences of nearly equal probabilities are taken through expm1: float32 keeps its digits on sharp policies.
+coefficients. A policy that is nearly certain keeps its digits: r1 and rT leave out one maximum, whose e^0 = 1 would swallow
+them, and differences of nearly equal probabilities are taken through e^x - 1, never by subtraction.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def shard_sums(logits: Tensor, local_targets: Tensor | None, temperature: float)
     A shard without columns or a target that lies elsewhere contributes nothing when the shards are merged.
     """
     sums = torch.zeros(NUM_SUMS, logits.size(0), dtype=torch.float64, device=logits.device)
-    sums[0] = LOWEST  # a shard that is all padding never owns the maximum
+    sums[0] = LOWEST  # a shard that is all padding never owns the maximum,
+    sums[1] = sums[3] = -1.0  # and its exponentials add up to nothing
     if logits.numel() == 0:
         return sums
     if vocab_triton.supports(logits):
@@ -68,12 +70,18 @@ def merge(shards: Tensor, temperature: float) -> RowScalars:
     """[TP, 6, N] -> scalars: an online-softmax merge in rank order, so that every rank gets bitwise the same result."""
     maximum = shards[:, 0].amax(0)
     down = shards[:, 0] - maximum  # <= 0: how far each shard's maximum lies below the global one
-    scale, tempered_scale = down.exp(), (down / temperature).exp()
-    s1 = (shards[:, 1] * scale).sum(0)
-    w1 = ((shards[:, 2] + shards[:, 1] * down) * scale).sum(0)
-    s_t = (shards[:, 3] * tempered_scale).sum(0)
-    w_t = ((shards[:, 4] + shards[:, 3] * down) * tempered_scale).sum(0)
-    return RowScalars(maximum, s1.log(), w1 / s1, s_t.log(), w_t / s_t, shards[:, 5].sum(0) - maximum)
+    owner = shards[:, 0].argmax(0, keepdim=True)  # whose maximum is the one left out
+
+    def log_and_mean(rest: Tensor, weighted: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        scale = (down / temperature).exp()
+        others = scale.scatter(0, owner, 0.0)
+        r = (rest * scale).sum(0) + others.sum(0)
+        w = ((weighted + (1.0 + rest) * down) * scale).sum(0)
+        return r.log1p(), w / (1.0 + r)
+
+    log_sum, mean = log_and_mean(shards[:, 1], shards[:, 2], 1.0)
+    tempered_log_sum, tempered_mean = log_and_mean(shards[:, 3], shards[:, 4], temperature)
+    return RowScalars(maximum, log_sum, mean, tempered_log_sum, tempered_mean, shards[:, 5].sum(0) - maximum)
 
 
 def write_gradient(
@@ -100,15 +108,24 @@ def write_gradient(
 def _sums(logits: Tensor, temperature: float) -> Tensor:
     maximum = logits.amax(-1).to(compute_dtype(logits)).clamp_min(LOWEST)
     shifted = _shifted(logits, maximum)
-    exp = shifted.exp()
-    s1 = exp.sum(-1, dtype=torch.float64)
+    # every maximum leaves the sums, and all but one come back as the ones they are
+    ties = (shifted == 0).sum(-1, dtype=torch.int32).double() - 1.0
+    exp = _without_maxima(shifted.exp(), shifted)
+    r1 = exp.sum(-1, dtype=torch.float64) + ties
     w1 = exp.mul_(shifted).sum(-1, dtype=torch.float64)
     if temperature == 1:
-        return torch.stack([maximum.double(), s1, w1, s1, w1])
-    tempered = torch.mul(shifted, 1.0 / temperature, out=exp).exp_()
-    s_t = tempered.sum(-1, dtype=torch.float64)
+        return torch.stack([maximum.double(), r1, w1, r1, w1])
+    tempered = _without_maxima(torch.mul(shifted, 1.0 / temperature, out=exp).exp_(), shifted)
+    r_t = tempered.sum(-1, dtype=torch.float64) + ties
     w_t = tempered.mul_(shifted).sum(-1, dtype=torch.float64)
-    return torch.stack([maximum.double(), s1, w1, s_t, w_t])
+    return torch.stack([maximum.double(), r1, w1, r_t, w_t])
+
+
+def _without_maxima(exp: Tensor, shifted: Tensor) -> Tensor:
+    """`exp`, possibly in place, with zeros where `shifted` is zero; below that its sign is -1."""
+    if torch.compiler.is_compiling():
+        return exp.masked_fill(shifted == 0, 0.0)
+    return exp.mul_(shifted.sign().neg_())  # uncompiled, a mask takes ten times as long
 
 
 def _target_logits(logits: Tensor, local_targets: Tensor) -> Tensor:
@@ -127,13 +144,9 @@ def _gradient(
 
     gradient = None
     if coefficients.contrast is not None:
-        # q - p without cancellation: the larger of the two times (1 - ratio), the ratio in log space
-        gap = scalars.tempered_log_sum - scalars.log_sum
-        log_ratio = torch.mul(d, 1.0 - 1.0 / temperature).add_(column(gap))  # log q - log p
-        larger = (d - column(scalars.log_sum)).sub_(log_ratio.clamp_max(0.0)).exp_()
-        sign = log_ratio.sign()
-        difference = log_ratio.abs_().neg_().expm1_().mul_(larger).mul_(sign)
-        gradient = difference.mul_(column(-coefficients.contrast))
+        gap = scalars.tempered_log_sum - scalars.log_sum  # taken in float64
+        log_ratio = torch.mul(d, 1.0 - 1.0 / temperature).add_(column(gap))
+        gradient = _difference(d - column(scalars.log_sum), log_ratio).mul_(column(coefficients.contrast))
     if coefficients.target is not None:
         assert local_targets is not None
         log_p = torch.mul(d, 1.0 / temperature).sub_(column(scalars.tempered_log_sum))
@@ -147,12 +160,24 @@ def _gradient(
 
 
 def _logprob_gradient(log_p: Tensor, local_targets: Tensor) -> Tensor:
-    """[N, C] 1[v = y] - p_v; at a nearly certain target 1 - p cancels in float32, expm1 keeps it."""
+    """[N, C] 1[v = y] - p_v; at a nearly certain target 1 - p would cancel in float32."""
     owned = (local_targets >= 0) & (local_targets < log_p.size(-1))
     ids = local_targets.clamp(0, log_p.size(-1) - 1)[:, None]
-    at_target = -torch.expm1(log_p.gather(-1, ids))
+    log_p_target = log_p.gather(-1, ids)
+    at_target = _difference(torch.zeros_like(log_p_target), -log_p_target)
     gradient = log_p.exp_().neg_()
     return gradient.scatter_(-1, ids, torch.where(owned[:, None], at_target, gradient.gather(-1, ids)))
+
+
+def _difference(log_q: Tensor, log_ratio: Tensor) -> Tensor:
+    """q - p from log q, possibly in place, and log q - log p: to float32's digits, however near the two are."""
+    if not torch.compiler.is_compiling():
+        larger = log_q.sub_(log_ratio.clamp_max(0.0)).exp_()
+        return log_ratio.abs().neg_().expm1_().mul_(larger).copysign_(log_ratio)
+    # Inductor vectorizes expm1 as exp(x) - 1, the very subtraction that cancels; so p (e^x - 1) by its series
+    q, p, x = log_q.exp(), (log_q - log_ratio).exp(), log_ratio
+    series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040)))))))
+    return torch.where(x.abs() < 0.5, series * p, q - p)
 
 
 def _shifted(logits: Tensor, maximum: Tensor) -> Tensor:
@@ -175,13 +200,14 @@ class _Plan:
 
 
 def _plan(logits: Tensor) -> _Plan:
-    if logits.is_cuda:
-        return _Plan(_row_blocks(logits, _GPU_BLOCK))
+    compiled = _compiled() if compiles_here(logits) else None
+    return _Plan(row_blocks(logits, compiled is not None), *(compiled or ()))
+
+
+def compiles_here(logits: Tensor) -> bool:
+    """Whether torch.compile works and is worth its time."""
     is_large = logits.size(-1) >= _COMPILE_FROM_COLUMNS and logits.numel() >= _COMPILE_FROM_ELEMENTS
-    compiled = _compiled() if is_large and logits.dtype != torch.float64 else None
-    if compiled is None:
-        return _Plan(_row_blocks(logits, _CPU_BLOCK))
-    return _Plan(_row_blocks(logits, _COMPILED_BLOCK), *compiled)
+    return is_large and not logits.is_cuda and logits.dtype != torch.float64 and _compiled() is not None
 
 
 @cache
@@ -196,6 +222,11 @@ def _compiled() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
     return sums, gradient
 
 
-def _row_blocks(logits: Tensor, elements: int) -> list[slice]:
-    size = max(1, elements // logits.size(-1))
-    return [slice(i, min(i + size, logits.size(0))) for i in range(0, logits.size(0), size)]
+def row_blocks(logits: Tensor, compiled: bool) -> list[slice]:
+    """The rows to work on at a time."""
+    elements = _GPU_BLOCK if logits.is_cuda else _COMPILED_BLOCK if compiled else _CPU_BLOCK
+    return chunks(logits.size(0), max(1, elements // logits.size(-1)))
+
+
+def chunks(count: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]

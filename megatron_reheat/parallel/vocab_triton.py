@@ -86,6 +86,7 @@ def write_gradient(
         out.stride(0),
         columns,
         1.0 / temperature,
+        1.0 - 1.0 / temperature,
         HAS_TARGET=coefficients.target is not None,
         HAS_ENTROPY=coefficients.entropy is not None,
         HAS_CONTRAST=coefficients.contrast is not None,
@@ -97,7 +98,7 @@ if triton is not None:
     _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
     _NO_PROBABILITY = tl.constexpr(-1e30)
 
-    def _autotune(configs: list[tuple[int, int]], restore: list[str]) -> Any:
+    def autotune(configs: list[tuple[int, int]], restore: list[str]) -> Any:
         """Tries (block, warps) pairs once per vocabulary size and dtype; the interpreter has nothing to time."""
         choices = [triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in configs]
         if INTERPRETED:
@@ -105,7 +106,7 @@ if triton is not None:
         # the tuner runs a kernel many times, and `out` may be the logits
         return triton.autotune(choices, key=["columns"], restore_value=restore)
 
-    @_autotune([(4096, 8), (4096, 16), (2048, 4), (2048, 8), (8192, 16)], restore=[])
+    @autotune([(4096, 8), (4096, 16), (2048, 4), (2048, 8), (8192, 16)], restore=[])
     @triton.jit
     def _shard_sums_kernel(
         logits,
@@ -119,14 +120,18 @@ if triton is not None:
         TEMPERED: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """One program a row. Every lane keeps its own four sums, relative to the row's running maximum."""
+        """One program a row. Every lane keeps its own sums, relative to the row's running maximum.
+
+        Columns at the maximum are counted apart: a lane's float32 sum of 1 and 1e-8 is 1.
+        """
         row = tl.program_id(0).to(tl.int64)
         start = logits + row * logits_stride
         lanes = tl.arange(0, BLOCK)
         maximum = tl.full((), _LOWEST, tl.float32)
-        s1 = tl.zeros((BLOCK,), tl.float32)
+        ones = tl.zeros((BLOCK,), tl.float32)
+        r1 = tl.zeros((BLOCK,), tl.float32)
         w1 = tl.zeros((BLOCK,), tl.float32)
-        s_t = tl.zeros((BLOCK,), tl.float32)
+        r_t = tl.zeros((BLOCK,), tl.float32)
         w_t = tl.zeros((BLOCK,), tl.float32)
         for first in range(0, columns, BLOCK):
             inside = first + lanes < columns
@@ -138,22 +143,28 @@ if triton is not None:
             d = z - maximum
             # a comparison that is false for NaN, which therefore stays
             d = tl.where(d < _NO_PROBABILITY, _NO_PROBABILITY, d)
+            is_maximum = d == 0
+            surpassed = tl.where(down < 0, ones, 0.0)
+            ones += tl.where(is_maximum, 1.0, 0.0) - surpassed
+            r1 += surpassed
             e = tl.exp(d)
-            w1 = (w1 + s1 * down) * scale + e * d
-            s1 = s1 * scale + e
+            w1 = (w1 + r1 * down) * scale + e * d
+            r1 = r1 * scale + tl.where(is_maximum, 0.0, e)
             if TEMPERED:
                 tempered_scale = tl.exp(down * inverse_temperature)
                 t = tl.exp(d * inverse_temperature)
-                w_t = (w_t + s_t * down) * tempered_scale + t * d
-                s_t = s_t * tempered_scale + t
+                r_t += surpassed
+                w_t = (w_t + r_t * down) * tempered_scale + t * d
+                r_t = r_t * tempered_scale + tl.where(is_maximum, 0.0, t)
         if not TEMPERED:
-            s_t = s1
+            r_t = r1
             w_t = w1
+        ties = tl.sum(ones.to(tl.float64), axis=0) - 1
         out += row
         tl.store(out, maximum.to(tl.float64))
-        tl.store(out + out_stride, tl.sum(s1.to(tl.float64), axis=0))
+        tl.store(out + out_stride, tl.sum(r1.to(tl.float64), axis=0) + ties)
         tl.store(out + 2 * out_stride, tl.sum(w1.to(tl.float64), axis=0))
-        tl.store(out + 3 * out_stride, tl.sum(s_t.to(tl.float64), axis=0))
+        tl.store(out + 3 * out_stride, tl.sum(r_t.to(tl.float64), axis=0) + ties)
         tl.store(out + 4 * out_stride, tl.sum(w_t.to(tl.float64), axis=0))
         if HAS_TARGETS:
             target = tl.load(targets + row)
@@ -167,7 +178,7 @@ if triton is not None:
         near = x * (1 + x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040)))))))
         return tl.where(x > -0.5, near, tl.exp(x) - 1)
 
-    @_autotune([(2048, 4), (1024, 4), (4096, 8), (8192, 8)], restore=["out"])
+    @autotune([(2048, 4), (1024, 4), (4096, 8), (8192, 8)], restore=["out"])
     @triton.jit
     def _gradient_kernel(
         logits,
@@ -179,6 +190,7 @@ if triton is not None:
         out_stride,
         columns,
         inverse_temperature,
+        flattening,
         HAS_TARGET: tl.constexpr,
         HAS_ENTROPY: tl.constexpr,
         HAS_CONTRAST: tl.constexpr,
@@ -200,7 +212,7 @@ if triton is not None:
         gradient = tl.zeros((BLOCK,), tl.float32)
         if HAS_CONTRAST:
             gap = tl.load(rows + 4 * rows_stride)
-            log_ratio = d * (1 - inverse_temperature) + gap
+            log_ratio = d * flattening + gap
             larger = tl.exp(log_q - tl.minimum(log_ratio, 0.0))
             magnitude = -larger * _expm1_of_negative(-tl.abs(log_ratio))
             gradient += tl.load(rows + 7 * rows_stride) * tl.where(log_ratio < 0, -magnitude, magnitude)

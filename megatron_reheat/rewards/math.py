@@ -1,53 +1,27 @@
-"""Final answers in LaTeX, compared as mathematics by math-verify."""
+"""Final answers in LaTeX, compared as mathematics: math-verify's parser reads them, `matching` says what is equal."""
 
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
-from math_verify import parse, verify
+from megatron_reheat.rewards.boxes import final_answer, last_boxed, reference_answer
+from megatron_reheat.rewards.matching import is_right
 
-# math-verify warns whenever its own timeouts are off; here the pool kills the whole process instead.
-logging.getLogger("math_verify").setLevel(logging.ERROR)
-
-_BOX = re.compile(r"\\boxed\s*\{")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+__all__ = ["last_boxed", "verify_math"]
 
 
 def verify_math(response: str, verifier: Mapping[str, Any]) -> float:
-    r"""1.0 if the last `\boxed{...}` of the response equals `verifier["answer"]`, else 0.0.
+    r"""1.0 if the response's final answer equals `verifier["answer"]`, else 0.0.
 
-    A response without a complete box is wrong: a truncated derivation may end in the right number by accident.
-    The reference may be plain, in `$...$`, boxed, or end in `#### answer`. May run forever on hostile input:
-    call it through `VerifierPool`.
+    The answer is the last whole `\boxed{...}`; without a box, what follows `Answer:` in the last line that begins so.
+    The reference may be plain, in `$...$`, boxed, or end in `#### answer`. May run forever on hostile input: call it
+    through `VerifierPool`.
     """
-    answer = last_boxed(response)
-    if not answer:
+    answer = final_answer(response)
+    if answer is None:
         return 0.0
-    return float(verify(_parse_reference(str(verifier["answer"])), _parse(answer), timeout_seconds=None))
-
-
-def last_boxed(text: str) -> str | None:
-    r"""What stands inside the last `\boxed{...}`, or None if there is none or its braces do not close."""
-    starts = [match.end() for match in _BOX.finditer(text)]
-    if not starts:
-        return None
-    depth = 1
-    for brace in _BRACE.finditer(text, starts[-1]):
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0:
-            return text[starts[-1] : brace.start()].strip()
-    return None
-
-
-@lru_cache(maxsize=1024)  # one reference serves a whole group
-def _parse_reference(reference: str) -> list[Any]:
-    answer = last_boxed(reference) or reference.rpartition("####")[2]
-    return _parse(answer.strip().strip("$"))
-
-
-def _parse(answer: str) -> list[Any]:
-    return parse(f"\\boxed{{{answer}}}", extraction_mode="first_match", parsing_timeout=None)
+    try:
+        return float(is_right(answer, reference_answer(str(verifier["answer"]))))
+    except RecursionError:  # brackets in brackets in brackets
+        return 0.0

@@ -1,14 +1,17 @@
 """Grading in worker processes that can be killed.
 
-A verifier is third-party code running on model text: it can loop for ever, exhaust memory or crash. Each worker is a
-fresh interpreter, not a fork of the trainer (which holds threads, torch and accelerators), and all that the parent
-accepts back from it is a few bytes per item, never a pickle.
+A verifier is third-party code running on model text: it can loop for ever, exhaust memory or crash, and the text may be
+hostile. Each worker is a fresh interpreter, not a fork of the trainer (which holds threads, torch and accelerators). The
+process in it that sees the answers cannot address the trainer: its supervisor (`worker`) speaks with us, and all that we
+accept from that is a numbered record of fixed size per item, never a pickle.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -21,14 +24,20 @@ from typing import Any
 
 from megatron_reheat.config import RewardConfig
 from megatron_reheat.errors import ReheatError
-from megatron_reheat.rewards.protocol import CORRECT, ERROR, INCORRECT, MAX_REPLY_BYTES, READY
+from megatron_reheat.rewards.boxes import graded_part
+from megatron_reheat.rewards.protocol import CHUNK, CORRECT, DIED, ERROR, MAX_REPLIES_BYTES, READY, REPLY, TIMED_OUT
 from megatron_reheat.types import Reward
 
 logger = logging.getLogger(__name__)
 
 Item = tuple[str, Mapping[str, Any]]
+_Task = tuple[str, bytes]  # the verifier is pickled, so that each item gets a copy of its own
 
+WORKER_MODULE = "megatron_reheat.rewards.worker"
 START_TIMEOUT_S = 120.0
+END_TIMEOUT_S = 5.0
+# The supervisor ends an item whose time is up; only if it does not answer either, the whole worker is replaced.
+SUPERVISOR_GRACE_S = 0.7
 MAX_FAILED_STARTS = 3
 MAX_CHUNK = 16
 
@@ -36,20 +45,24 @@ MAX_CHUNK = 16
 class VerifierPool:
     """Grades responses in `config.workers` processes, started by the first `grade` and kept until `close`.
 
-    An item that runs longer than `config.timeout_s`, or whose worker dies under it, is incorrect with `timed_out` set;
-    the worker is replaced and every other item is graded as usual. Not thread-safe.
+    An item that runs longer than `config.timeout_s`, or whose grader dies under it, is incorrect with `timed_out` set;
+    the grader is replaced and every other item is graded as usual. Not thread-safe.
 
-    Counters since construction: `timeouts` (items over the limit), `restarts` (workers replaced, for any reason) and
-    `errors` (graders that raised; such an item is incorrect).
+    Counters since construction: `timeouts` (items over the limit), `restarts` (graders or whole workers replaced because
+    an item was lost, or for any other reason) and `errors` (graders that raised; such an item is incorrect).
     """
 
-    def __init__(self, config: RewardConfig) -> None:
+    def __init__(self, config: RewardConfig, worker_module: str = WORKER_MODULE) -> None:
+        """`worker_module` is run by `python -m` in each worker; tests have others."""
         self.timeouts = 0
         self.restarts = 0
         self.errors = 0
         self._config = config
+        self._worker_module = worker_module
         self._workers: list[_Worker] = []
         self._failed_starts = 0
+        self._next_number = 0
+        self._defences: bytes | None = None
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -75,13 +88,16 @@ class VerifierPool:
             ReheatError: the workers cannot be started.
         """
         slots: dict[tuple[str, int], int] = {}
-        tasks: list[Item] = []
+        packed: dict[int, bytes] = {}
+        tasks: list[_Task] = []
         slot_of_item = []
         for text, verifier in items:
             answer = self._relevant(text)
             slot = slots.setdefault((answer, id(verifier)), len(tasks))
             if slot == len(tasks):
-                tasks.append((answer, verifier))
+                if id(verifier) not in packed:
+                    packed[id(verifier)] = pickle.dumps(verifier, pickle.HIGHEST_PROTOCOL)
+                tasks.append((answer, packed[id(verifier)]))
             slot_of_item.append(slot)
         try:
             rewards = self._grade_tasks(tasks)
@@ -91,18 +107,20 @@ class VerifierPool:
         return [rewards[slot] for slot in slot_of_item]
 
     def _relevant(self, text: str) -> str:
-        text = text.strip()
-        return text[-self._config.answer_chars :] if self._config.kind == "math" else text
+        return graded_part(text, self._config.answer_chars) if self._config.kind == "math" else text.strip()
 
-    def _grade_tasks(self, tasks: list[Item]) -> dict[int, Reward]:
+    def _grade_tasks(self, tasks: list[_Task]) -> dict[int, Reward]:
         rewards: dict[int, Reward] = {}
         pending = deque(range(len(tasks)))
         while len(rewards) < len(tasks):
             while len(self._workers) < min(self._config.workers, len(tasks)):
-                self._workers.append(_Worker(self._config))
+                self._workers.append(_Worker(self._config, self._worker_module))
             for worker in list(self._workers):
-                if worker.idle and pending and not worker.send(self._take_chunk(pending), tasks):
-                    self._replace(worker, pending)
+                if worker.idle and pending:
+                    chunk = self._take_chunk(pending)
+                    if not worker.send(chunk, tasks, self._next_number):
+                        self._replace(worker, pending)
+                    self._next_number += len(chunk)
             connections = {worker.connection: worker for worker in self._workers}
             earliest = min((worker.deadline for worker in self._workers), default=time.monotonic())
             answered = wait(list(connections), timeout=max(0.0, earliest - time.monotonic()))
@@ -120,17 +138,30 @@ class VerifierPool:
         return [pending.popleft() for _ in range(size)]
 
     def _receive(self, worker: _Worker, pending: deque[int], rewards: dict[int, Reward]) -> None:
-        reply = worker.receive()
-        if reply == READY and not worker.ready:
+        message = worker.receive()
+        if not worker.ready and message.startswith(READY):
             worker.start()
             self._failed_starts = 0
-        elif worker.assigned and reply in (CORRECT, INCORRECT):
-            rewards[worker.finish()] = self._reward(reply == CORRECT)
-        elif worker.assigned and reply.startswith(ERROR):
-            rewards[worker.finish()] = self._reward(False)
-            self._count_error(reply.removeprefix(ERROR))
-        else:
+            self._tell_defences(message.removeprefix(READY))
+            return
+        if not worker.ready or not message or len(message) % REPLY.size:
             self._fail(worker, pending, rewards)
+            return
+        for number, verdict, note in REPLY.iter_unpack(message):
+            if not worker.assigned or number != worker.number or verdict > DIED:
+                self._fail(worker, pending, rewards)
+                return
+            rewards[worker.finish()] = self._reward(verdict == CORRECT, timed_out=verdict in (TIMED_OUT, DIED))
+            self.timeouts += verdict == TIMED_OUT
+            self.restarts += verdict in (TIMED_OUT, DIED)
+            if verdict == ERROR:
+                self._count_error(note.rstrip(b"\0"))
+
+    def _tell_defences(self, defences: bytes) -> None:
+        if defences != self._defences:
+            log = logger.warning if b"missing" in defences else logger.info
+            log("graders of model text run behind: %s", defences.decode())
+            self._defences = defences
 
     def _reward(self, correct: bool, timed_out: bool = False) -> Reward:
         return Reward(self._config.correct if correct else self._config.incorrect, correct, timed_out)
@@ -141,7 +172,7 @@ class VerifierPool:
         self.errors += 1
 
     def _fail(self, worker: _Worker, pending: deque[int], rewards: dict[int, Reward]) -> None:
-        """The worker is stuck or dead: the item under it is lost, the items behind it go back to the queue."""
+        """The whole worker is stuck or dead: the item under it is lost, those behind it go back to the queue."""
         if worker.assigned:
             rewards[worker.finish()] = self._reward(False, timed_out=True)
         elif not worker.ready:
@@ -161,11 +192,11 @@ class VerifierPool:
 
 
 class _Worker:
-    """One process and what it is working on: `assigned[0]` is under its grader, the rest waits in its pipe."""
+    """One worker and what it is working on: `assigned[0]` is under its grader, with the running number `number`."""
 
-    def __init__(self, config: RewardConfig) -> None:
+    def __init__(self, config: RewardConfig, module: str = WORKER_MODULE) -> None:
         self.connection, theirs = Pipe()
-        command = [sys.executable, "-W", "ignore", "-m", "megatron_reheat.rewards.worker"]
+        command = [sys.executable, "-W", "ignore", "-m", module]
         self._process = subprocess.Popen(
             [*command, str(theirs.fileno()), config.kind, str(config.timeout_s)],
             pass_fds=[theirs.fileno()],
@@ -175,9 +206,10 @@ class _Worker:
         )
         theirs.close()
         self.assigned: deque[int] = deque()
+        self.number = 0
         self.ready = False
         self.deadline = time.monotonic() + START_TIMEOUT_S
-        self._timeout_s = config.timeout_s
+        self._allowed_s = config.timeout_s + SUPERVISOR_GRACE_S
 
     @property
     def pid(self) -> int:
@@ -191,34 +223,43 @@ class _Worker:
         self.ready = True
         self.deadline = float("inf")
 
-    def send(self, chunk: list[int], tasks: list[Item]) -> bool:
-        """Hands over work; False if the process is gone."""
+    def send(self, chunk: list[int], tasks: list[_Task], number: int) -> bool:
+        """Hands over work, whose first item has this running number; False if the process is gone."""
         self.assigned.extend(chunk)
-        self.deadline = time.monotonic() + self._timeout_s
+        self.number = number
+        self.deadline = time.monotonic() + self._allowed_s
+        items = pickle.dumps([tasks[i] for i in chunk], pickle.HIGHEST_PROTOCOL)
+        if self._process.poll() is not None:
+            return False  # its supervisor may take a moment longer to go
         try:
-            self.connection.send([tasks[i] for i in chunk])
+            self.connection.send_bytes(CHUNK.pack(number, len(chunk)) + items)
         except OSError:
             return False
         return True
 
     def receive(self) -> bytes:
-        """The next reply, or nothing if the process is gone or talks nonsense."""
+        """The next replies, or nothing if the process is gone or talks nonsense."""
         try:
-            return self.connection.recv_bytes(MAX_REPLY_BYTES)
+            return self.connection.recv_bytes(MAX_REPLIES_BYTES)
         except (EOFError, OSError):
             return b""
 
     def finish(self) -> int:
         """Takes the item under the grader off the list; the next one's time starts now."""
         done = self.assigned.popleft()
-        self.deadline = time.monotonic() + self._timeout_s if self.assigned else float("inf")
+        self.number += 1
+        self.deadline = time.monotonic() + self._allowed_s if self.assigned else float("inf")
         return done
 
     def end(self) -> int:
-        """Kills and reaps the process; its exit status."""
+        """Ends the worker with all its processes and reaps it; its exit status."""
         self.connection.close()
-        self._process.kill()
-        return self._process.wait()
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            return self._process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
 
 
 def _worker_environment() -> dict[str, str]:

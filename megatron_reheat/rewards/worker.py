@@ -1,81 +1,123 @@
-"""The grading process: `python -m megatron_reheat.rewards.worker FD KIND TIMEOUT_S`, started by `VerifierPool`.
+"""A reward worker: `python -m megatron_reheat.rewards.worker FD KIND TIMEOUT_S`, started by `VerifierPool`.
 
-Nothing in this package evaluates model text, but sympy does, inside math-verify and reasoning-gym. That happens here
-only: in a process without the trainer's memory or environment variables, with limited memory, that refuses to write
-files, start processes or open sockets, and that is killed when an answer takes too long. This stops accidents and
-reward hacking by ordinary code; it is not a sandbox against a determined attacker.
+Three processes, each the child of the one before: this one, which only keeps the others; a supervisor, which speaks
+with the pool and holds the clock; a grader, the only one that sees answers, which the supervisor replaces whenever
+something is wrong. The supervisor and the graders live in namespaces of their own where the kernel allows it.
 
-It ends by itself when its parent is gone: the pipe closes, or, while a grader is stuck, the kernel's alarm fires.
+None outlives the pool's process: each ends with its parent by the kernel's signal, the supervisor also when the pool's
+end of the connection or this process's end of a pipe is closed.
 """
 
 from __future__ import annotations
 
 import os
-import resource
+import pickle
 import signal
 import sys
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_reheat.rewards.graders import GRADERS, Grader
-from megatron_reheat.rewards.protocol import CORRECT, ERROR, INCORRECT, MAX_REPLY_BYTES, READY
+from megatron_reheat.processes import await_signals, die_with_parent
+from megatron_reheat.rewards.protocol import CHUNK, CORRECT, INCORRECT, READY, REPLY
+from megatron_reheat.rewards.sandbox import (
+    MEMORY_BYTES,
+    SystemCallFilter,
+    adopt_orphans,
+    end_descendants,
+    enter_namespaces,
+)
 
-MEMORY_BYTES = 4 * 2**30
-PARENT_CHECK_S = 5.0
-ALARM_GRACE_S = 5.0
+if TYPE_CHECKING:
+    from megatron_reheat.rewards.supervisor import Supervisor
 
-_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_REFUSED = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.")
-_NEEDED_BY_IMPORTS = ("os.listdir", "os.scandir")
+Trial = tuple[str, Mapping[str, Any], bool]
+
+_HELD = {signal.SIGTERM, signal.SIGCHLD}
+
+# Answers of known worth: each grader is tried on them in its sandbox before any other.
+_COUNTDOWN = {"task": "countdown", "entry": {"metadata": {"numbers": [11, 4, 7], "target": 22}}}
+TRIALS: dict[str, list[Trial]] = {
+    "math": [(r"\boxed{\frac{1}{2}+x^2}", {"answer": "x^2+0.5"}, True), (r"\boxed{\sqrt{3}}", {"answer": "2"}, False)],
+    "reasoning_gym": [("7+4+11", _COUNTDOWN, True), ("7*4+11", _COUNTDOWN, False)],
+}
 
 
 def main(fd: int, kind: str, timeout_s: float) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the pool decides
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
     parent = os.getppid()
-    connection = Connection(fd)
-    _restrict()
-    connection.send_bytes(READY)
-    # The pipe alone is not enough: a process the parent forked meanwhile may hold a copy of its end.
-    while os.getppid() == parent:
-        try:
-            if connection.poll(PARENT_CHECK_S):
-                _grade_chunk(connection, GRADERS[kind], timeout_s)
-        except (EOFError, OSError):
-            return
-
-
-def _grade_chunk(connection: Connection, grader: Grader, timeout_s: float) -> None:
-    """Answers each item of one message as soon as it is graded, in order, so that the parent can time every item."""
-    for text, verifier in connection.recv():
-        signal.setitimer(signal.ITIMER_REAL, timeout_s + ALARM_GRACE_S)
-        try:
-            reply = CORRECT if grader(text, verifier) >= 1.0 else INCORRECT
-        except Exception as error:  # graders and sympy raise anything on odd text; the parent counts these
-            reply = ERROR + f"{type(error).__name__}: {error}".encode(errors="replace")[: MAX_REPLY_BYTES - 1]
-        connection.send_bytes(reply)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _restrict() -> None:
-    """For good: neither the limits nor the hook can be lifted again."""
-    limits = {resource.RLIMIT_AS: MEMORY_BYTES, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0}
-    for kind, limit in limits.items():
-        _, hard = resource.getrlimit(kind)
-        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(kind, (limit, limit))
-    # Parsers print their complaints about every odd answer.
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stderr.fileno())
-    sys.addaudithook(_refuse_side_effects)
-
-
-def _refuse_side_effects(event: str, arguments: tuple[Any, ...]) -> None:
-    if event == "open":
-        refused = bool(arguments[2] & _WRITING)
+    adopt_orphans()
+    namespaces = enter_namespaces()
+    die_with_parent(parent, "trainer", signal.SIGTERM)  # only now: new namespaces would undo it
+    lifeline, ours = os.pipe()
+    supervisor = os.fork()
+    if supervisor == 0:
+        os.close(ours)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})  # what ends this process is no SIGTERM
+        _supervise(Connection(fd), lifeline, kind, timeout_s, namespaces)
     else:
-        refused = event.startswith(_REFUSED) and event not in _NEEDED_BY_IMPORTS
-    if refused:
-        raise PermissionError(f"a grader may not use {event}")
+        os.close(lifeline)
+        os.close(fd)
+        sys.exit(_keep(parent, supervisor))
+
+
+def _keep(parent: int, supervisor: int) -> int:
+    """Waits until the supervisor ends or the pool asks this process to end, then ends all that is left; the exit status."""
+    await_signals(parent, {signal.SIGCHLD})
+    return max(0, end_descendants().get(supervisor, 0))
+
+
+def _supervise(pool: Connection, lifeline: int, kind: str, timeout_s: float, namespaces: str) -> None:
+    die_with_parent(os.getppid(), "reward worker's keeper")  # 0 if that is outside this namespace
+    # Loaded here and not above: the keeper stays small.
+    from megatron_reheat.rewards.graders import GRADERS
+    from megatron_reheat.rewards.supervisor import Supervisor
+
+    grader, trials = GRADERS[kind], TRIALS[kind]
+    for response, verifier, _ in trials:  # fills the parsers' caches before any grader is forked
+        grader(response, verifier)
+    supervisor = Supervisor(pool, lifeline, grader, timeout_s, in_namespace=bool(namespaces))
+    system_calls = _with_filter(supervisor, trials)
+    if not system_calls and not _passes(supervisor, trials):
+        sys.exit(f"{kind} graders do not work in their sandbox")
+    pool.send_bytes(READY + _defences(namespaces, system_calls).encode())
+    supervisor.serve()
+
+
+def _with_filter(supervisor: Supervisor, trials: list[Trial]) -> str:
+    """Gives the supervisor a filter of system calls and returns its name, or leaves it without and returns nothing."""
+    try:
+        supervisor.system_calls = SystemCallFilter()
+    except OSError:
+        return ""
+    if _passes(supervisor, trials):
+        return supervisor.system_calls.name
+    supervisor.system_calls = None
+    return ""
+
+
+def _passes(supervisor: Supervisor, trials: list[Trial]) -> bool:
+    """Whether a grader in its sandbox gives the right verdicts on answers of known worth."""
+    items = [(response, pickle.dumps(verifier)) for response, verifier, _ in trials]
+    replies = b"".join(supervisor.grade(CHUNK.pack(0, len(items)) + pickle.dumps(items)))
+    right = [CORRECT if worth else INCORRECT for _, _, worth in trials]
+    return [verdict for _, verdict, _ in REPLY.iter_unpack(replies)] == right
+
+
+def _defences(namespaces: str, system_calls: str) -> str:
+    active = [
+        "grammars (no answer is evaluated)",
+        f"limits ({MEMORY_BYTES >> 20} MiB, no files, no processes)",
+        namespaces,
+        system_calls,
+        "audit hook",
+    ]
+    missing = [
+        *([] if namespaces else ["namespaces (the kernel refuses them)"]),
+        *([] if system_calls else ["system call filter (no libseccomp.so.2 that works here)"]),
+    ]
+    return ", ".join(filter(None, active)) + (f"; missing: {', '.join(missing)}" if missing else "")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_reheat.config import MAX_SAMPLES, check_temperature
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.types import SamplingParams, TokenArray
-
-MAX_TEMPERATURE = 2.0
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_model_len: int, vocab_size: int) -> list[TokenArray]:
@@ -40,8 +39,13 @@ def check_params(params: SamplingParams, n: int, vocab_size: int) -> None:
     """
     if n < 1 or params.max_tokens < 1:
         raise ConfigError(f"need at least one completion of one token, got n={n}, max_tokens={params.max_tokens}")
-    if not 0 <= params.temperature <= MAX_TEMPERATURE:
-        raise ConfigError(f"temperature {params.temperature} is outside vLLM's range, 0 to {MAX_TEMPERATURE:g}")
+    if n > MAX_SAMPLES:
+        raise ConfigError(f"n {n} is above vLLM's limit of {MAX_SAMPLES} completions of a prompt")
+    if params.temperature != 0:
+        try:
+            check_temperature(params.temperature)
+        except ValueError as error:
+            raise ConfigError(f"temperature {params.temperature}: {error}, and 0 is greedy") from None
     if not 0 < params.top_p <= 1:
         raise ConfigError(f"top_p {params.top_p} must be in (0, 1]")
     if params.temperature == 0 and n > 1:

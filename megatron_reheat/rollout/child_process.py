@@ -6,50 +6,29 @@ import os
 import socket
 import struct
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import megatron_reheat
 from megatron_reheat.errors import EngineDied
-from megatron_reheat.rollout.log_tail import log_tail
+from megatron_reheat.rollout.module_process import ModuleProcess
 
-PACKAGE_ROOT = Path(megatron_reheat.__file__).parent.parent
 EXIT_GRACE_S = 5.0
 
 
-class ChildProcess:
+class ChildProcess(ModuleProcess):
     """Runs `python -m MODULE SOCKET_FD PARENT_PID ...`, output to `log_file`. One caller, one request at a time."""
 
     def __init__(self, module: str, arguments: Sequence[str], *, env: Mapping[str, str], log_file: Path) -> None:
-        self._log_file = log_file
         self._next_id = 0
         ours, theirs = socket.socketpair()
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        path = os.pathsep.join(filter(None, (str(PACKAGE_ROOT), env.get("PYTHONPATH"))))
-        with theirs, log_file.open("ab") as log:
-            self._log_start = log.tell()
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", module, str(theirs.fileno()), str(os.getpid()), *arguments],
-                env={**env, "PYTHONPATH": path},
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the trainer, which then ends this process in order
-            )
+        with theirs:
+            fd = theirs.fileno()
+            first = [str(fd), str(os.getpid())]
+            super().__init__(module, [*first, *arguments], env=env, log_file=log_file, pass_fds=(fd,))
         self._socket = ours
         self._connection = Connection(os.dup(ours.fileno()))
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
 
     def send(self, operation: str, *arguments: Any, timeout_s: float) -> int:
         """Sends without waiting for an answer; returns the request's id.
@@ -104,10 +83,6 @@ class ChildProcess:
         self._connection.close()
         self._socket.close()
 
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
     def _send_object(self, message: Any, operation: str, timeout_s: float) -> None:
         try:
             self._set_timeout(socket.SO_SNDTIMEO, timeout_s)
@@ -137,6 +112,3 @@ class ChildProcess:
             f"engine process {self.pid} did not answer '{operation}' within {timeout_s:g} s ({timeout_key}) and was "
             f"killed; raise {timeout_key} if it was only slow{self._log_tail()}"
         )
-
-    def _log_tail(self) -> str:
-        return log_tail(self._log_file, self._log_start)

@@ -46,9 +46,11 @@ class EmbeddedEngine:
         local_engines: engines that share this machine's cores, for the default number of threads.
         gpus: indices of the GPUs to use (`config.tensor` of them) as this process counts them; empty on CPU.
         cpu_affinity: cores the child may run on; None leaves it to the scheduler.
+        frozen: the weights never change: they come through host memory, and stay there while the engine sleeps.
+        start: False leaves the start to the first use, for devices that something else has to leave first.
     """
 
-    _child: ChildProcess
+    _child: ChildProcess | None = None
     _ready: WorkerReady | None
     _started_at: float
 
@@ -63,6 +65,8 @@ class EmbeddedEngine:
         local_engines: int = 1,
         gpus: Sequence[int] = (),
         cpu_affinity: Sequence[int] | None = None,
+        frozen: bool = False,
+        start: bool = True,
     ) -> None:
         self._config = config
         self._model_path = model_path
@@ -73,13 +77,17 @@ class EmbeddedEngine:
         self._cores = tuple(cpu_affinity or ())
         available = len(self._cores) or max(1, len(os.sched_getaffinity(0)) // local_engines)
         self._threads = config.threads or available
+        self._frozen = frozen
+        self._ready = None
         self._restarts = 0
         self._asleep = False
         self._closed = False
         self._policy_version: int | None = None
         capacity = config.sync_bucket_mb << 20
-        self._buffer: SendBuffer = DeviceBuffer(capacity, self._gpus[0]) if self._gpus else HostBuffer(capacity)
-        self._start()
+        on_device = self._gpus and not frozen  # a buffer on the GPU would lie there for one transfer
+        self._buffer: SendBuffer = DeviceBuffer(capacity, self._gpus[0]) if on_device else HostBuffer(capacity)
+        if start:
+            self._start()
 
     @property
     def policy_version(self) -> int | None:
@@ -94,8 +102,9 @@ class EmbeddedEngine:
         if self._ready is None:
             if self._closed:
                 raise EngineDied("the rollout engine is closed")
-            left = max(0.0, self._started_at + self._config.start_timeout_s - time.time())
-            self._ready = self._child.receive(0, "start", timeout_s=left, timeout_key="rollout.start_timeout_s")
+            child = self._child or self._start()
+            left = max(0.0, self._started_at + self._config.start_timeout_s - time.monotonic())
+            self._ready = child.receive(0, "start", timeout_s=left, timeout_key="rollout.start_timeout_s")
         return self._ready.at - self._started_at
 
     def restart(self) -> None:
@@ -108,7 +117,8 @@ class EmbeddedEngine:
             raise EngineDied(
                 f"the rollout engine was restarted {self._restarts} times (rollout.max_restarts); see {self._log_file}"
             )
-        self._child.end()
+        if self._child is not None:
+            self._child.end()
         self._restarts += 1
         self._start()
 
@@ -147,22 +157,24 @@ class EmbeddedEngine:
         return SyncReport(version, num_tensors, num_bytes, time.perf_counter() - started, verify)
 
     def sleep(self) -> None:
-        """On a GPU weights and KV cache are dropped, so a weight sync must follow `wake`; on CPU nothing is freed."""
+        """On a GPU weights and KV cache are dropped, so a weight sync must follow `wake`; a frozen model's weights go to the
+        host instead and come back. On CPU nothing is freed."""
         self.wait_ready()
         if not self._asleep:
-            self._call("sleep")
+            self._call("sleep", self._frozen)
             self._asleep = True
             self._policy_version = self._call("version")
 
     def wake(self) -> None:
         self.wait_ready()
         if self._asleep:
-            self._call("wake")
+            self._call("wake", self._frozen)
             self._asleep = False
 
     def health(self) -> EngineHealth:
         """Asks the child; a child that is still starting counts as alive. Never raises EngineDied."""
         seconds = 0.0 if self._ready is None else self.wait_ready()
+        assert self._child is not None
         alive = self._child.alive
         if alive and self._ready is not None:
             try:
@@ -178,15 +190,16 @@ class EmbeddedEngine:
         self._closed = True
         self._ready = None
         self._policy_version = None
-        self._child.end()
+        if self._child is not None:
+            self._child.end()
         self._buffer.close()
 
-    def _start(self) -> None:
+    def _start(self) -> ChildProcess:
         self._ready = None
         self._asleep = False
         self._policy_version = None
-        self._started_at = time.time()
-        self._child = ChildProcess(
+        self._started_at = time.monotonic()  # of this boot, so that parent and child read the same
+        self._child = child = ChildProcess(
             WORKER_MODULE,
             [",".join(map(str, self._cores))] if self._cores else [],
             env=self._environment(),
@@ -199,7 +212,8 @@ class EmbeddedEngine:
         options["worker_extension_cls"] = WEIGHT_RECEIVER
         if self._gpus:
             options["enable_sleep_mode"] = True
-        self._child.send_settings(WorkerSettings(options), self._config.start_timeout_s)
+        child.send_settings(WorkerSettings(options), self._config.start_timeout_s)
+        return child
 
     def _environment(self) -> dict[str, str]:
         env = engine_environment() | {
@@ -213,6 +227,7 @@ class EmbeddedEngine:
         return env
 
     def _call(self, operation: str, *arguments: Any) -> Any:
+        assert self._child is not None
         try:
             return self._child.call(
                 operation, *arguments, timeout_s=self._config.timeout_s, timeout_key="rollout.timeout_s"
@@ -244,5 +259,6 @@ class EmbeddedEngine:
             self._announce(portion)
 
     def _announce(self, portion: list[Entry]) -> None:
+        assert self._child is not None
         self._buffer.flush()
         self._child.send("load", portion, timeout_s=self._config.timeout_s)

@@ -11,6 +11,7 @@ from megatron_reheat.config import RolloutConfig
 
 CPU_BATCHED_TOKENS = 8192
 CPU_KV_CACHE_MB = 1024
+GPU_BATCHED_TOKENS = 2048  # vLLM's smallest default; it wants one for every sequence at least
 # the engine is not a rank of the trainer's job, and must not join it
 TORCHRUN_VARIABLES = frozenset(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
 TORCHRUN_PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "PET_")
@@ -37,8 +38,11 @@ def engine_options(config: RolloutConfig, model_path: str, *, dtype: str, seed: 
         options["enable_chunked_prefill"] = False
         options["max_num_batched_tokens"] = max(CPU_BATCHED_TOKENS, config.max_model_len or 0, config.max_num_seqs)
         options["kv_cache_memory_bytes"] = (config.kv_cache_mb or CPU_KV_CACHE_MB) << 20
-    elif config.kv_cache_mb:
+        return options
+    if config.kv_cache_mb:
         options["kv_cache_memory_bytes"] = config.kv_cache_mb << 20
+    if config.max_num_seqs > GPU_BATCHED_TOKENS:
+        options["max_num_batched_tokens"] = config.max_num_seqs
     return options
 
 

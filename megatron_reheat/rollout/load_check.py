@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_reheat.errors import ReheatError
-from megatron_reheat.rollout.child_process import PACKAGE_ROOT
 from megatron_reheat.rollout.engine_options import engine_environment
+from megatron_reheat.rollout.module_process import with_package
 
 LOG_TAIL_CHARS = 1500
 KV_CACHE_BYTES = 64 << 20
@@ -34,12 +34,11 @@ def sample_greedily(
     Raises:
         ReheatError: vLLM refused the folder, failed or took too long; the message ends with what it printed.
     """
-    environment = engine_environment()
+    environment = with_package(engine_environment())
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     if visible_devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible_devices
     environment |= {
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(PACKAGE_ROOT), environment.get("PYTHONPATH")))),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "TORCHDYNAMO_DISABLE": "1",
     }

@@ -94,17 +94,26 @@ class Sampler:
         self._version = version
         return received
 
-    def _sleep(self) -> None:
-        """Level 2 drops weights and KV cache; vLLM on CPU has no memory to give back."""
-        if not self._on_cpu:
-            self._version = None
-            self._engine.sleep(level=2)
-            self._kv_cache_dropped = True
+    def _sleep(self, keep_weights: bool) -> None:
+        """Level 2 drops weights and KV cache, level 1 keeps the weights on the host; vLLM on CPU has no memory to give back."""
+        if self._on_cpu:
+            return
+        if keep_weights and self._version is not None:
+            self._engine.sleep(level=1)
+            return
+        self._version = None
+        self._engine.sleep(level=2)
+        self._kv_cache_dropped = True
 
-    def _wake(self) -> None:
-        """The memory of the weights alone: that of the KV cache follows when they are there."""
-        if not self._on_cpu:
-            self._engine.wake_up(tags=["weights"])
+    def _wake(self, keep_weights: bool) -> None:
+        """The memory of weights that are still to come, alone: that of the KV cache follows when they are there."""
+        if self._on_cpu:
+            return
+        if keep_weights and self._version is not None:
+            self._engine.wake_up()
+            self._engine.reset_prefix_cache()  # it was in the KV cache that was dropped
+            return
+        self._engine.wake_up(tags=["weights"])
 
 
 def _check_head_size(model_config: Any) -> None:

@@ -48,8 +48,9 @@ class WeightSync:
 def mismatch(rollout_logprobs: FloatArray, old_logprobs: FloatArray) -> dict[str, float]:
     """How far engine and trainer disagree on N sampled tokens; both arrays are [N] fp32.
 
-    `mismatch_kl` estimates KL(engine || trainer) in nats per token by the mean of exp(r) - 1 - r, which is never
-    negative, with r = old_logprobs - rollout_logprobs. `mismatch_abs_mean` and `mismatch_abs_max` are of |r|.
+    `mismatch_kl` estimates KL(engine || trainer) in nats per token, without bias as the engine drew the tokens, by the mean
+    of exp(r) - 1 - r, which is never negative, with r = old_logprobs - rollout_logprobs. The engine's policy is the one that
+    sampled: under `rollout.overlap` it is a step behind the trainer's. `mismatch_abs_mean` and `mismatch_abs_max` are of |r|.
     """
     assert rollout_logprobs.shape == old_logprobs.shape
     if rollout_logprobs.size == 0:

@@ -8,12 +8,14 @@ without waiting: what goes wrong in one is raised by the next operation of that 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from megatron_reheat.large_imports import large_imports
 from megatron_reheat.processes import die_with_parent
 
 if TYPE_CHECKING:
@@ -25,14 +27,18 @@ EXIT_UNREPAIRABLE = 3
 def main() -> int:
     socket_fd, parent_pid, cores = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     die_with_parent(parent_pid, "trainer")
+    # the trainer holds SIGTERM and so did this process from its start; processes of vLLM are ended by it
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     if cores:
         # before the first import that counts cores and makes threads
         os.sched_setaffinity(0, [int(core) for core in cores[0].split(",")])
     connection = Connection(socket_fd)
 
-    from megatron_reheat.errors import ReheatError
-    from megatron_reheat.rollout.sampler import Sampler
-    from megatron_reheat.rollout.wire import WorkerReady
+    with large_imports():
+        from megatron_reheat.errors import ReheatError
+        from megatron_reheat.rollout.sampler import Sampler
+        from megatron_reheat.rollout.wire import WorkerReady
 
     try:
         sampler = Sampler(connection.recv())
@@ -40,7 +46,7 @@ def main() -> int:
         # what the user can act on travels as it is; a death would be answered by a restart that meets the same
         connection.send((0, error))
         return EXIT_UNREPAIRABLE
-    connection.send((0, WorkerReady(sampler.vocab_size, sampler.max_model_len, time.time())))
+    connection.send((0, WorkerReady(sampler.vocab_size, sampler.max_model_len, time.monotonic())))
     return _serve(connection, sampler)
 
 

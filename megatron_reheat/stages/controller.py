@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict
 
 from megatron_reheat.config import ControllerConfig
 
@@ -29,11 +31,15 @@ class Verdict(StrEnum):
 
 @dataclass
 class ControllerState:
-    """Everything that must survive a restart. `stage_steps` counts steps since the stage began."""
+    """Everything that must survive a restart. `stage_steps` counts steps since the stage began, `cooling` tells that this
+    RL stage came after reheating, and `round` counts the rounds in which there was something to reheat."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)  # as read from a checkpoint
 
     stage: Literal["rlvr", "reheat"] = "rlvr"
     round: int = 0
     stage_steps: int = 0
+    cooling: bool = False
     recent_entropies: list[float] = field(default_factory=list)
     temperature_raised: bool = False
     stopped: bool = False
@@ -65,7 +71,7 @@ class Controller:
         config, state = self.config, self.state
         if config.action == "none" or len(state.recent_entropies) < config.smoothing_steps:
             return Verdict.CONTINUE
-        if state.round and state.stage_steps < config.cooldown_steps:
+        if state.cooling and state.stage_steps < config.cooldown_steps:
             return Verdict.CONTINUE
         if not self.smoothed_entropy < config.collapse_below:
             return Verdict.CONTINUE
@@ -100,13 +106,15 @@ class Controller:
                 self.state.round += 1
             case Verdict.TARGET_REACHED | Verdict.STEP_CAP | Verdict.NOT_COLLAPSED | Verdict.RUNAWAY:
                 self._begin("rlvr")
+                self.state.cooling = True
+                self.state.round -= verdict is Verdict.NOT_COLLAPSED
             case Verdict.RAISE_TEMPERATURE:
                 self.state.temperature_raised = True
             case Verdict.STOP:
                 self.state.stopped = True
 
-    def explain(self, verdict: Verdict, entropy: float) -> str:
-        """One line for the log."""
+    def explain(self, verdict: Verdict, entropy: float, *, rolled_back: bool = True) -> str:
+        """One line for the log; `rolled_back` says whether a run-away was undone."""
         c = self.config
         match verdict:
             case Verdict.ENTER_REHEAT:
@@ -128,7 +136,8 @@ class Controller:
             case Verdict.NOT_COLLAPSED:
                 return f"entropy {entropy:.3f} > {c.reheat_to:g} nats before any reheating: refused, back to RL"
             case Verdict.RUNAWAY:
-                return f"entropy ran away to {entropy:.3f} nats: rolled back to the last good step, back to RL"
+                done = "rolled back to the last good step" if rolled_back else "no earlier weights to roll back to"
+                return f"entropy ran away to {entropy:.3f} nats: {done}, back to RL"
             case Verdict.CONTINUE:
                 return f"entropy {entropy:.3f} nats"
 

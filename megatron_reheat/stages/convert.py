@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ from pathlib import Path
 import yaml
 
 from megatron_reheat.config import ModelConfig
-from megatron_reheat.data.tokenizer import read_tokenizer
+from megatron_reheat.data.prompts import check_vocabulary
+from megatron_reheat.data.tokenizer import read_tokenizer, stop_token_ids
 from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.model.checkpoint import latest_checkpoint, read_state, verify_checkpoint
 from megatron_reheat.model.convert import (
@@ -25,7 +27,8 @@ from megatron_reheat.model.convert import (
 from megatron_reheat.model.model_card import model_card
 from megatron_reheat.model.provider import resolve_hf_folder
 from megatron_reheat.run_folder import RunFolder, read_config_tree
-from megatron_reheat.stages.run import RunState
+from megatron_reheat.stages.inputs import read_model
+from megatron_reheat.stages.run_state import RunState
 
 # (folder, prompts, number of tokens) -> token ids and log-probabilities of each prompt's greedy continuation
 GreedySampler = Callable[[Path, list[list[int]], int], list[tuple[list[int], list[float]]]]
@@ -52,18 +55,20 @@ def to_hf(
     Raises:
         ReheatError: something is missing, damaged or does not fit, or the result does not compute the same.
     """
-    if shard_gb <= 0:
-        raise ConfigError(f"--shard-gb must be above 0, got {shard_gb:g}")
+    if not 0 < shard_gb < math.inf:
+        raise ConfigError(f"--shard-gb must be above 0 and finite, got {shard_gb:g}")
     _refuse_existing(out)
     run, checkpoint = _find_checkpoint(source)
     hf_folder = _find_hf_folder(run, hf_source)
-    read_tokenizer(hf_folder)
-    state = read_state(checkpoint)
+    tokenizer = read_tokenizer(hf_folder)
     if problem := verify_checkpoint(checkpoint):
         raise ReheatError(problem)
+    state = read_state(checkpoint)
     export = HFExport(checkpoint, hf_folder)
+    check_vocabulary(tokenizer, export.hf.vocab_size)
+    stops = stop_token_ids(export.hf, tokenizer, hf_folder, chat=_spoke_in_turns(run))
     with _written_aside(out) as partial:
-        export.write(partial, shard_bytes=int(shard_gb * 1e9))
+        export.write(partial, shard_bytes=int(shard_gb * 1e9), stop_token_ids=stops)
         verified = "The weights were not verified (--no-verify)."
         if verify:
             verified = _verify(checkpoint, hf_folder, partial, engine)
@@ -74,6 +79,7 @@ def to_hf(
             num_parameters=export.num_parameters,
             dtype=str(export.dtype).removeprefix("torch."),
             verified=verified,
+            stop_tokens=[f"{tokenizer.convert_ids_to_tokens(token_id)} ({token_id})" for token_id in stops],
         )
         (partial / "README.md").write_text(card)
         num_files = len(list(partial.glob("*.safetensors")))
@@ -90,8 +96,7 @@ def from_hf(hf_path: str, out: Path) -> str:
         ReheatError: the folder is incomplete or of an unsupported architecture, or `out` exists.
     """
     _refuse_existing(out)
-    hf_folder = resolve_hf_folder(ModelConfig(hf_path=hf_path)).resolve()
-    read_tokenizer(hf_folder)
+    hf_folder = read_model(ModelConfig(hf_path=hf_path), chat=False).path.resolve()
     with _written_aside(out) as partial:
         folder = RunFolder(partial)
         dtype = write_checkpoint(hf_folder, folder.checkpoints, asdict(RunState()))
@@ -154,7 +159,7 @@ def _find_checkpoint(source: Path) -> tuple[Path, Path]:
 def _find_hf_folder(run: Path, hf_source: str | None) -> Path:
     model = read_config_tree(run).get("model")
     hf_path = hf_source or (model.get("hf_path") if isinstance(model, dict) else None)
-    if not hf_path:
+    if not hf_path or not isinstance(hf_path, str):
         raise ConfigError(
             f"{RunFolder(run).config} does not name the model (model.hf_path), whose configuration and tokenizer are "
             "needed; keep the checkpoint in its run folder or give --hf-source FOLDER"
@@ -163,6 +168,13 @@ def _find_hf_folder(run: Path, hf_source: str | None) -> Path:
         return resolve_hf_folder(ModelConfig(hf_path=hf_path))
     except ConfigError as error:
         raise ConfigError(f"{error} (or give its present place with --hf-source FOLDER)") from None
+
+
+def _spoke_in_turns(run: Path) -> bool:
+    """Like `inputs.speaks_in_turns`, of a run whose configuration may be another version's."""
+    tree = read_config_tree(run)
+    held_out = tree.get("eval") or {}
+    return any(isinstance(d, dict) and d.get("template") == "chat" for d in (tree.get("data"), held_out.get("data")))
 
 
 def _refuse_existing(out: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_reheat.analysis.passk import bootstrap_interval, pass_at_k_by_prompt
+from megatron_reheat.clock import Clock
 from megatron_reheat.config import EvalConfig
 from megatron_reheat.data.prompts import PromptDataset
-from megatron_reheat.stages.clock import Clock
-from megatron_reheat.stages.outcome import derive_seed, sequence_of
+from megatron_reheat.stages.outcome import derive_seed
 from megatron_reheat.stages.policy import Policy
-from megatron_reheat.types import SamplingParams, TrainBatch
+from megatron_reheat.types import SamplingParams, TrainBatch, TrainSequence
 
 # any constant: every evaluation of every arm draws from the same streams
 EVAL_SEED = 20260600755
@@ -25,7 +25,7 @@ def evaluate(
     params = SamplingParams(config.temperature, config.max_tokens, config.top_p, stop_token_ids)
     groups = policy.sample(list(prompts), config.num_samples, params, derive_seed(EVAL_SEED), clock)
     correct = np.array([[r.correct for r in g.rewards] for g in groups])
-    batch = TrainBatch(tuple(sequence_of(g.prompt, c) for g in groups for c in g.completions))
+    batch = TrainBatch(tuple(TrainSequence.of(g.prompt, c) for g in groups for c in g.completions))
     scores = policy.engine.score(batch, temperature=1.0)
     by_prompt = {
         "eval/avg_at_k": correct.mean(axis=1),

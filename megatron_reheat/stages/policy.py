@@ -1,12 +1,17 @@
-"""The policy in training: Megatron's weights, and the vLLM engines that sample from exactly those weights."""
+"""What is sampled from: the policy in training, whose vLLM engines hold exactly Megatron's weights, and frozen models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
+from megatron_reheat.clock import Clock
+from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import EngineDied, ReheatError
 from megatron_reheat.model.engine import Engine
 from megatron_reheat.parallel.seats import engine_seats
@@ -15,10 +20,10 @@ from megatron_reheat.rewards.pool import VerifierPool
 from megatron_reheat.rollout.engine import RolloutEngine, SyncReport
 from megatron_reheat.rollout.server.fleet import ServerFleet
 from megatron_reheat.rollout.weight_sync import WeightSync
-from megatron_reheat.stages.clock import Clock
 from megatron_reheat.types import Completion, Group, Prompt, Reward, SamplingParams
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,9 @@ class Order:
     started: Future[list[list[Completion]]] | None = None
 
 
-class Policy:
-    """Keeps trainer and engines at the same `version`; every method is a collective over all ranks.
+class Sampler:
+    """Engines kept at the weights that `weights()` streams as (Hugging Face name, tensor); every method is a collective over
+    all ranks.
 
     Some ranks (`engine_seats`) hold an engine and verifiers; on the others both are None. An engine that dies is
     restarted, given the weights again and asked again, up to `rollout.max_restarts` times; `engine_restarts` counts.
@@ -49,16 +55,16 @@ class Policy:
 
     def __init__(
         self,
-        engine: Engine,
+        rollout: RolloutConfig,
         topology: Topology,
         sampler: RolloutEngine | None,
         verifiers: VerifierPool | None,
         decode: Callable[[Sequence[int]], str],
+        weights: Callable[[], Iterator[tuple[str, Tensor]]],
     ) -> None:
-        rollout = engine.config.rollout
         self._seats = engine_seats(topology, rollout)
         assert (sampler is not None) == (verifiers is not None) == self._seats.is_leader
-        self.engine = engine
+        self._weights = weights
         self.version = 0
         self.engine_restarts = 0
         self.decode = decode
@@ -86,8 +92,7 @@ class Policy:
         Raises:
             ReheatError: an engine keeps dying, or a prompt does not fit the context; the same error on every rank.
         """
-        if self._resting:  # nothing was published since: the last step changed no weights
-            self._publish()
+        self._make_ready()
         return self.finish(self._order(prompts, n, params, seed), clock)
 
     def begin(self, prompts: Sequence[Prompt], n: int, params: SamplingParams, seed: int) -> Order:
@@ -107,14 +112,33 @@ class Policy:
             shares = self._sample_with_restarts(order)
         if order is self._ahead:
             self._ahead = None
+        return self.grade(prompts, _interleave(shares, len(prompts)), clock)
+
+    def grade(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], clock: Clock
+    ) -> list[Group]:
+        """Grades the completions of each prompt, whoever wrote them; each engine's rank its share."""
+        mine = slice(self._seats.index, None, self._seats.count)
         with clock.phase("reward"):
-            rewards = self._grade(prompts[self._seats.index :: self._seats.count], shares[self._seats.index])
+            rewards = _interleave(self._grade(prompts[mine], completions[mine]), len(prompts))
         return [
-            Group(prompt, tuple(completions), tuple(graded))
-            for prompt, completions, graded in zip(
-                prompts, _interleave(shares, len(prompts)), _interleave(rewards, len(prompts)), strict=True
-            )
+            Group(prompt, tuple(texts), tuple(graded))
+            for prompt, texts, graded in zip(prompts, completions, rewards, strict=True)
         ]
+
+    def divide(self, items: Sequence[T], work: Callable[[Sequence[T]], Iterable[U]]) -> list[U]:
+        """What `work` makes of each item, on every rank; each engine's rank does its share.
+
+        Raises:
+            ReheatError: what `work` raised anywhere; the same error on every rank.
+        """
+        results, error = [], None
+        if self._seats.is_leader:
+            try:
+                results = list(work(items[self._seats.index :: self._seats.count]))
+            except ReheatError as failure:
+                error = str(failure)
+        return _interleave(self._seats.share(results, error), len(items))
 
     def _order(self, prompts: Sequence[Prompt], n: int, params: SamplingParams, seed: int) -> Order:
         mine = prompts[self._seats.index :: self._seats.count]
@@ -168,13 +192,13 @@ class Policy:
                 wait([self._ahead.started])  # how it went is for `finish` to see
             self._seats.share(None, None)  # no engine changes its weights before all have done
 
-        def push() -> SyncReport:
-            if self._resting and self._sampler is not None:
-                self._sampler.wake()
-            return self._weight_sync.push(self.engine.iter_hf_weights(), self.version)
-
+        if self._resting:
+            # what PyTorch keeps for tensors to come is memory that a waking engine cannot have
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+            self._seats.share(None, None)  # on every rank, before the first engine wakes
         # the ranks of a replica produce the tensors together, so all of them take part
-        action = None if self._follows else push
+        action = None if self._follows else self._push
         answers = self._ask(action)
         while any(a.died for a in answers):
             self._revive(answers)
@@ -184,6 +208,15 @@ class Policy:
             assert isinstance(self._sampler, ServerFleet)
             self._sampler.adopt(self.version)
         return [a.value for a in answers]
+
+    def _push(self) -> SyncReport:
+        if self._resting and self._sampler is not None:
+            self._sampler.wake()
+        return self._weight_sync.push(self._weights(), self.version)
+
+    def _make_ready(self) -> None:
+        if self._resting:  # nothing was published since: the last step changed no weights
+            self._publish()
 
     @property
     def _follows(self) -> bool:
@@ -214,6 +247,40 @@ class Policy:
             except ReheatError as failure:
                 error = f"{died}; {failure}"
         self._seats.share(None, error)
+
+
+class Policy(Sampler):
+    """The policy in training. Its `version` is that of the trainer's weights which its engines hold."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        topology: Topology,
+        sampler: RolloutEngine | None,
+        verifiers: VerifierPool | None,
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
+        super().__init__(engine.config.rollout, topology, sampler, verifiers, decode, engine.iter_hf_weights)
+        self.engine = engine
+
+
+class FrozenSampler(Sampler):
+    """A model that never changes. Its engines are given the weights once, and again only where an engine lost them: they
+    outlast a rest. `weights()` is no collective: it runs on the ranks that hold an engine to feed.
+    """
+
+    def _push(self) -> SyncReport:
+        engine = self._sampler
+        if engine is not None and engine.policy_version != self.version:
+            return super()._push()
+        if engine is not None and self._resting:
+            engine.wake()
+        return SyncReport(self.version, 0, 0, 0.0, verified=False)  # nothing was sent
+
+    def _make_ready(self) -> None:
+        held = self._seats.share(None if self._sampler is None else self._sampler.policy_version, None)
+        if self._resting or any(version != self.version for version in held):
+            self._publish()
 
 
 def _interleave(shares: Sequence[Sequence[T]], total: int) -> list[T]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
+from megatron_reheat.clock import Clock
 from megatron_reheat.config import Config
 from megatron_reheat.data.prompts import PromptCursor
 from megatron_reheat.losses.reheat import reheat_loss
+from megatron_reheat.model.master_weights import Snapshot
 from megatron_reheat.rollout.weight_sync import check_mismatch
-from megatron_reheat.stages.clock import Clock
+from megatron_reheat.stages.collect import rollout_metrics
 from megatron_reheat.stages.controller import Controller, Verdict
-from megatron_reheat.stages.outcome import StepOutcome, derive_seed, sequence_of
+from megatron_reheat.stages.outcome import StepOutcome, derive_seed
 from megatron_reheat.stages.policy import Policy
-from megatron_reheat.stages.rlvr import rollout_metrics
-from megatron_reheat.types import SamplingParams, TrainBatch
+from megatron_reheat.types import At, SamplingParams, TrainBatch, TrainSequence
 
 # the paper's rollouts; the teacher flattens the distribution that was sampled, so no other temperature is on-policy
 SAMPLING_TEMPERATURE = 1.0
@@ -21,7 +23,12 @@ SAMPLING_TEMPERATURE = 1.0
 
 class ReheatStage:
     """Same shape as an RL step. The controller's verdict falls between backward pass and update: one pass measures both
-    the entropy of the rollouts and the gradient, and the gradient is dropped when the target is already reached."""
+    the entropy of the rollouts and the gradient, and the gradient is dropped when the target is already reached: an update
+    that would overshoot is never made, so nothing has to be undone, in master weights or moments.
+
+    A run-away is seen one step late, on rollouts of what the update before made. `last_good` holds the weights from before
+    that update, the last ones whose entropy was measured and let pass. A round begins without, and they are saved with it.
+    """
 
     def __init__(
         self,
@@ -36,15 +43,15 @@ class ReheatStage:
         self._cursor = cursor
         self._stop_token_ids = stop_token_ids
         self._controller = controller
-        self._last_good: dict | None = None
+        self.last_good: Snapshot | None = None
 
-    def step(self, step: int) -> tuple[StepOutcome, Verdict]:
+    def step(self, at: At) -> tuple[StepOutcome, Verdict]:
         clock, config, reheat = Clock(), self._config, self._config.reheat
-        params = SamplingParams(SAMPLING_TEMPERATURE, reheat.max_tokens, stop_token_ids=self._stop_token_ids)
+        params = SamplingParams(SAMPLING_TEMPERATURE, config.reheat_tokens, stop_token_ids=self._stop_token_ids)
         prompts = self._cursor.next(reheat.prompts_per_step)
-        groups = self._policy.sample(prompts, reheat.group_size, params, derive_seed(config.run.seed, step), clock)
+        groups = self._policy.sample(prompts, reheat.group_size, params, derive_seed(config.run.seed, at.step), clock)
         self._policy.rest()
-        batch = TrainBatch(tuple(sequence_of(g.prompt, c) for g in groups for c in g.completions))
+        batch = TrainBatch(tuple(TrainSequence.of(g.prompt, c) for g in groups for c in g.completions))
         verdict = Verdict.CONTINUE
 
         def accept(metrics: dict[str, float]) -> bool:
@@ -52,7 +59,7 @@ class ReheatStage:
             check_mismatch(metrics["rollout/mismatch_kl"], config.rollout.mismatch_limit, self._policy.version)
             verdict = self._controller.judge_reheat(metrics["entropy/mean"])
             if verdict is Verdict.CONTINUE:
-                self._last_good = self._policy.engine.snapshot()
+                self.last_good = self._policy.engine.snapshot(into=self.last_good)
             return verdict is Verdict.CONTINUE
 
         with clock.phase("update"):
@@ -63,13 +70,21 @@ class ReheatStage:
                 weight_decay=reheat.weight_decay,
                 accept=accept,
             )
-        if verdict is Verdict.RUNAWAY and self._last_good is not None:
-            self._policy.engine.restore(self._last_good)
+        entropy = update.metrics["entropy/mean"]
+        if not update.finite and not math.isfinite(entropy):
+            verdict = self._controller.judge_reheat(entropy)  # weights that far away give no gradient to accept, either
+        rolled_back = verdict is Verdict.RUNAWAY and self.last_good is not None
+        if rolled_back:
+            assert self.last_good is not None
+            self._policy.engine.restore(self.last_good)
         if verdict is not Verdict.CONTINUE:
-            self._last_good = None
-        if update.applied or verdict is Verdict.RUNAWAY:
+            self.last_good = None
+        if update.applied or rolled_back:
             with clock.phase("sync"):
                 self._policy.publish(self._policy.version + 1)
         metrics = {**rollout_metrics(groups), **update.metrics, **clock.metrics()}
         metrics["throughput/tokens_per_s"] = batch.num_tokens / metrics["time/step_s"]
-        return StepOutcome(metrics, groups, metrics["entropy/mean"], update.applied, update.finite), verdict
+        if verdict is Verdict.RUNAWAY:
+            metrics["reheat/rolled_back"] = float(rolled_back)
+        # what was not finite is gone with the weights that made it
+        return StepOutcome(metrics, groups, entropy, update.applied, update.finite or rolled_back, rolled_back), verdict

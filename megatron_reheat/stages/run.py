@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from megatron_reheat.checkpoint_folder import (
+    set_newer_aside,
+)
 from megatron_reheat.config import Config
-from megatron_reheat.errors import NonFiniteLossError
+from megatron_reheat.errors import RankLost, ReheatError
 from megatron_reheat.model.checkpoint import (
     install_checkpoint_fixes,
-    latest_checkpoint,
     load_checkpoint,
-    read_state,
+    load_last_good,
     save_checkpoint,
 )
 from megatron_reheat.model.engine import Engine
@@ -23,35 +28,25 @@ from megatron_reheat.parallel import topology as parallel_topology
 from megatron_reheat.parallel.seats import engine_seats
 from megatron_reheat.parallel.topology import Topology
 from megatron_reheat.rewards.pool import VerifierPool
-from megatron_reheat.rollout.engine import RolloutEngine
+from megatron_reheat.rewards.self_check import ReferenceCheck, check_references
 from megatron_reheat.run_folder import RunFolder
+from megatron_reheat.run_lock import RunLock
 from megatron_reheat.run_logger import RunLogger, StepRecord
+from megatron_reheat.stages.collect import Collector, StepAbandoned
 from megatron_reheat.stages.controller import Controller, ControllerState, Verdict
 from megatron_reheat.stages.evaluate import evaluate
-from megatron_reheat.stages.inputs import Inputs, read_inputs
-from megatron_reheat.stages.outcome import StepOutcome
-from megatron_reheat.stages.policy import Policy
+from megatron_reheat.stages.inputs import Inputs, agree_on_date, read_inputs
+from megatron_reheat.stages.outcome import Stage, StepOutcome, derive_seed
+from megatron_reheat.stages.policy import FrozenSampler, Policy
+from megatron_reheat.stages.reference import Reference
 from megatron_reheat.stages.reheat import ReheatStage
 from megatron_reheat.stages.rlvr import RLVRStage
-from megatron_reheat.stages.sampler import start_sampler
+from megatron_reheat.stages.run_state import RunState, other_version, read_run_state
+from megatron_reheat.stages.sampler import frozen_weights, start_frozen, start_sampler
+from megatron_reheat.stages.setbacks import not_finite, proven_checkpoint
 from megatron_reheat.stages.sft import SFTStage
-from megatron_reheat.stop_request import stop_requested
-
-
-@dataclass
-class RunState:
-    """What a checkpoint keeps besides weights and optimizer. `step` counts every stage's steps, the warm start's first.
-
-    `best` holds the best evaluation so far by the metric's name (`checkpoint.keep_best`).
-    """
-
-    step: int = 0
-    policy_version: int = 0
-    skipped_in_row: int = 0
-    controller: dict[str, Any] = field(default_factory=lambda: ControllerState().to_json())
-    cursor: dict[str, Any] | None = None
-    sft_cursor: dict[str, Any] | None = None
-    best: dict[str, float] = field(default_factory=dict)
+from megatron_reheat.stop_request import asked_to_stop, how_to_go_on, stop_requested
+from megatron_reheat.types import At
 
 
 def train(config: Config) -> bool:
@@ -63,13 +58,39 @@ def train(config: Config) -> bool:
     Raises:
         ReheatError: with one clear sentence; checkpoints written so far stay valid.
     """
+    try:
+        with RunLock(config.run.path) if _is_main() else nullcontext():
+            return _train(config)
+    except RuntimeError as error:
+        if isinstance(error, ReheatError) or not parallel_topology.is_lost_rank(error):
+            raise
+        waited, reason = config.parallel.timeout_s, str(error).partition("\n")[0]
+        raise RankLost(
+            f"another rank ended, or did not answer within {waited:g} s (parallel.timeout_s): {reason}; "
+            + how_to_go_on(RunFolder(config.run.path))
+        ) from error
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _train(config: Config) -> bool:
     inputs = read_inputs(config)
-    if inputs.source is not None and (done := read_state(inputs.source)["step"]) >= _total_steps(config):
+    if inputs.source is not None and (done := read_run_state(inputs.source).step) >= config.total_steps:
         _say_it_is_finished(config, done)
         return True
     topology = parallel_topology.initialize(config)
-    with _Helpers(config, topology, inputs) as helpers:
-        ended = Run(config, topology, inputs, helpers.sampler, helpers.verifiers).go()
+    if topology.any(stop_requested()):  # before the minutes that engines and model take to start
+        ended = False
+        if topology.is_main:
+            print(asked_to_stop(0 if inputs.source is None or inputs.forked else done), flush=True)
+    else:
+        inputs = agree_on_date(inputs, config, topology)
+        with Helpers(config, topology, inputs) as helpers:
+            # here, because the main rank has time for it while the engine starts
+            references = helpers.check_references(inputs) if topology.is_main else None
+            ended = Run(config, topology, inputs, helpers, references).go()
     if not ended:
         topology.barrier()  # a launcher takes the first rank that leaves early for a failure and ends the others
     # only after success: a rank that failed must not wait for the others to leave the groups with it
@@ -77,21 +98,18 @@ def train(config: Config) -> bool:
     return ended
 
 
-def _total_steps(config: Config) -> int:
-    return config.sft.steps + config.run.steps
-
-
 def _say_it_is_finished(config: Config, done: int) -> None:
     """Before anything is started: neither process group nor model nor engine is needed for it."""
-    total, is_main = _total_steps(config), os.environ.get("RANK", "0") == "0"
-    with RunLogger(config, RunFolder(config.run.path), is_main=is_main, start_step=done, total_steps=total) as logger:
+    total, folder = config.total_steps, RunFolder(config.run.path)
+    with RunLogger(config, folder, is_main=_is_main(), start_step=done, total_steps=total) as logger:
         logger.log_event(f"nothing to do: {done} of {total} steps are done (run.steps)", "yellow")
 
 
-class _Helpers:
-    """The vLLM engine and verifiers of a rank that leads one; None on other ranks. Closed on the way out, whatever happens.
+class Helpers:
+    """The vLLM engines and verifiers of a rank that leads one; None on other ranks. Closed on the way out, whatever happens.
 
-    The engine is started here, before the model is built, so that vLLM's imports run beside Megatron's.
+    `frozen` are the engines of `rl.samplers`. Engines are started here, before the model is built, so that vLLM's imports run
+    beside Megatron's.
     """
 
     def __init__(self, config: Config, topology: Topology, inputs: Inputs) -> None:
@@ -99,14 +117,22 @@ class _Helpers:
         if leads:
             RunFolder(config.run.path).make_folders()
         self.sampler = start_sampler(config, topology, inputs)
+        self.frozen = {name: start_frozen(name, config, topology, inputs) for name in inputs.frozen}
         self.verifiers = VerifierPool(config.reward) if leads else None
 
-    def __enter__(self) -> _Helpers:
+    def check_references(self, inputs: Inputs) -> ReferenceCheck | None:
+        if self.verifiers is None:
+            return None
+        data = [data for data in (inputs.prompts, inputs.eval_prompts) if data is not None]
+        return check_references(self.verifiers, itertools.chain(*(d.verifiers() for d in data)))
+
+    def __enter__(self) -> Helpers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.sampler is not None:
-            self.sampler.close()
+        for engine in (self.sampler, *self.frozen.values()):
+            if engine is not None:
+                engine.close()
         if self.verifiers is not None:
             self.verifiers.close()
 
@@ -119,25 +145,43 @@ class Run:
         config: Config,
         topology: Topology,
         inputs: Inputs,
-        sampler: RolloutEngine | None,
-        verifiers: VerifierPool | None,
+        helpers: Helpers,
+        references: ReferenceCheck | None,
     ) -> None:
         install_checkpoint_fixes()
         self.config, self.topology, self.inputs = config, topology, inputs
         self.folder = RunFolder(config.run.path)
         self.engine = Engine(config, inputs.hf_folder, topology)
-        self.policy = Policy(self.engine, topology, sampler, verifiers, self._decode)
+        self.method = inputs.method
+        self._method_name = Path(config.rl.method).name  # a user's file may lie elsewhere when the run goes on
+        self.policy = Policy(self.engine, topology, helpers.sampler, helpers.verifiers, inputs.decode)
+        self.frozen = {
+            name: FrozenSampler(
+                config.rollout,
+                topology,
+                helpers.frozen[name],
+                helpers.verifiers,
+                inputs.decode,
+                frozen_weights(model, config.rollout, topology),
+            )
+            for name, model in inputs.frozen.items()
+        }
         self.cursor, self.sft_cursor = inputs.cursors(config)
         self.controller = Controller(config.controller)
+        self.reference = None
+        if self.method.needs_reference(config, self.method.options):
+            self.reference = Reference(self.engine, self.folder.reference, inputs.hf_folder, inputs.stop_token_ids)
         self.state = RunState()
-        self._sampler = sampler
+        self._sampler = helpers.sampler
+        self._references = references
         self._saved_step = -1
+        self._save_is_due = False
         self._build_stages()
 
     def go(self) -> bool:
         """Returns whether the run came to its end; False when it was asked to stop."""
         source, forked = self._restore()
-        total = _total_steps(self.config)
+        total = self.config.total_steps
         with RunLogger(
             self.config,
             self.folder,
@@ -146,22 +190,38 @@ class Run:
             total_steps=total,
         ) as self.logger:
             self._announce_start(source)
-            if forked and (text := self._follow(self.controller.judge_rl())):
+            self._set_newer_aside()
+            if forked and self.controller.state.stage == "rlvr" and (text := self._follow(self.controller.judge_rl())):
                 self.logger.log_event(text)
             if self.state.step == 0 and not self.config.sft.steps:
                 self._log(0, "rlvr", self._evaluate())
             while self.state.step < total and not self.controller.state.stopped:
-                if self.topology.any(stop_requested()):
-                    self._stop()
-                    return False
-                self._step()
+                if self._should_stop():
+                    return self._stop()
+                try:
+                    self._step()
+                except StepAbandoned:
+                    return self._stop()
             self._save()
+            if self.state.skipped_in_row:
+                self.logger.log_event(f"the run ends with steps that are {self._not_saved()}", "red")
             return True
 
-    def _stop(self) -> None:
+    def _should_stop(self) -> bool:
+        return self.topology.any(stop_requested())
+
+    def _stop(self) -> bool:
         if self.state.step:  # else there is nothing yet that a fresh start would not make again
             self._save()
-        self.logger.log_event(f"asked to stop after step {self.state.step}; the same command goes on from there")
+        text = asked_to_stop(self.state.step)
+        if self.state.skipped_in_row:
+            text = f"asked to stop after steps that are {self._not_saved()}"
+        self.logger.log_event(text)
+        return False
+
+    def _not_saved(self) -> str:
+        source = f"step {self._saved_step}" if self._saved_step > 0 else "the start"
+        return f"not saved ({self.state.skipped_in_row} without a finite loss); the same command goes on from {source}"
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -169,27 +229,32 @@ class Run:
         step, config = self.state.step + 1, self.config
         stage = "sft" if step <= config.sft.steps else self.controller.state.stage
         round_, event, border = self.controller.state.round, None, False
+        outcome, verdict = self.stages[stage].step(self._at(stage))
         if stage == "sft":
-            self.policy.rest()
-            outcome = self.sft.step(step)
             if border := step == config.sft.steps:
                 self.engine.reset_optimizer()
                 self.policy.publish(step)
+                if self.reference is not None:
+                    self.reference.begin(keep=True)
         else:
-            outcome, verdict = self._reheat_or_rl(step, stage)
-            event, border = self._follow(verdict, outcome.entropy), verdict is not Verdict.CONTINUE
+            event = self._follow(verdict, outcome.entropy, rolled_back=outcome.rolled_back)
+            border = verdict is not Verdict.CONTINUE
+            self.state.rl_step += stage == "rlvr"
+            self.state.entropy = self.state.entropy if outcome.entropy is None else outcome.entropy
         self._count_skips(outcome, step)
         self.state.step = step
         metrics = dict(outcome.metrics)
-        last = step == _total_steps(config)
+        last = step == config.total_steps
         scheduled = stage == "rlvr" and config.eval.every and step % config.eval.every == 0
         if border or last or scheduled:
             metrics.update(self._evaluate())
         if stage != "sft" or border or step % config.sft.log_every == 0 or step == 1:
             self._log(step, stage, metrics, round_, event)
-        self.logger.write_rollouts(step, outcome.groups, self._decode, config.logging.rollouts_per_step)
-        is_best = self._is_best(metrics)
-        if is_best or (config.checkpoint.every and step % config.checkpoint.every == 0):
+        self.logger.write_rollouts(step, outcome.groups, self.inputs.decode, config.logging.rollouts_per_step)
+        is_best = not self.state.skipped_in_row and self._is_best(metrics)
+        if config.checkpoint.every and step % config.checkpoint.every == 0:
+            self._save_is_due = True  # while steps are being skipped, until the first that is not
+        if is_best or self._save_is_due:
             self._save(is_best)
 
     def _is_best(self, metrics: Mapping[str, float]) -> bool:
@@ -200,52 +265,76 @@ class Run:
         self.state.best[name] = metrics[name]
         return True
 
-    def _reheat_or_rl(self, step: int, stage: str) -> tuple[StepOutcome, Verdict]:
-        if stage == "reheat":
-            return self.reheat.step(step)
-        state = self.controller.state
-        temperature = self.config.rollout.temperature
-        if state.temperature_raised:
-            temperature = self.config.controller.rollout_temperature
-        outcome = self.rlvr.step(
-            step,
+    def _at(self, stage: str) -> At:
+        """The step that comes next."""
+        state, step = self.controller.state, self.state.step + 1
+        raised = stage == "rlvr" and state.temperature_raised
+        return At(
+            step=step,
+            rl_step=self.state.rl_step + 1,
             stage_step=state.stage_steps,
-            sampling_temperature=temperature,
-            look_ahead=self.config.rollout.overlap and step < _total_steps(self.config),
+            temperature=self.config.controller.rollout_temperature if raised else self.config.rollout.temperature,
+            seed=derive_seed(self.config.run.seed, step),
+            entropy=self.state.entropy,
         )
-        if outcome.entropy is None:
-            return outcome, Verdict.CONTINUE
-        return outcome, self.controller.observe_rl(outcome.entropy)
 
-    def _follow(self, verdict: Verdict, entropy: float | None = None) -> str | None:
+    def _follow(self, verdict: Verdict, entropy: float | None = None, *, rolled_back: bool = False) -> str | None:
         """Carries out a verdict and says what happened; stages do not inherit each other's optimizer moments."""
         if verdict is Verdict.CONTINUE:
             return None
         before = self.controller.state.stage
-        text = self.controller.explain(verdict, self.controller.smoothed_entropy if entropy is None else entropy)
+        if entropy is None:
+            entropy = self.controller.smoothed_entropy
+        text = self.controller.explain(verdict, entropy, rolled_back=rolled_back)
         self.controller.carry_out(verdict)
         if self.controller.state.stage != before:
-            self.rlvr.forget_ahead()
+            self.collector.forget_ahead()
             self.engine.reset_optimizer()
         return text
 
     def _count_skips(self, outcome: StepOutcome, step: int) -> None:
-        if outcome.finite:
+        if outcome.finite or outcome.applied:
             self.state.skipped_in_row = 0
+        if outcome.finite:
+            return
+        if outcome.applied:
+            skipped = outcome.metrics["optimizer/skipped_updates"]
+            self.logger.log_event(f"step {step}: {skipped:.0f} of its updates had no finite gradient: skipped", "red")
             return
         self.state.skipped_in_row += 1
-        limit = self.config.optimizer.max_skipped_steps
         self.logger.log_event(
             f"step {step}: loss or gradient is not finite; update skipped ({self.state.skipped_in_row} in a row)", "red"
         )
-        if self.state.skipped_in_row > limit:
-            failure = NonFiniteLossError(
-                f"loss or gradient was not finite for {self.state.skipped_in_row} steps in a row "
-                f"(optimizer.max_skipped_steps {limit}); the latest good checkpoint is "
-                f"{latest_checkpoint(self.folder.checkpoints) or 'none yet'}; lower optimizer.lr or check the data"
-            )
-            failure.on_every_rank = True
-            raise failure
+        if self.state.skipped_in_row > self.config.optimizer.max_skipped_steps:
+            self._go_back(step)
+
+    def _go_back(self, step: int) -> None:
+        """To the newest checkpoint that is known to give finite steps; steps and prompts go on from here.
+
+        Raises:
+            NonFiniteLossError: there is none, or the run went back too often.
+        """
+        skipped, optimizer = self.state.skipped_in_row, self.config.optimizer
+        # not into the warm start, whose steps are over
+        since = self.config.sft.steps if step > self.config.sft.steps else 0
+        seen = proven_checkpoint(self.folder.checkpoints, step - skipped, since=since)
+        found = self.topology.share_from_all(seen)[0]  # as the main rank sees the folder, which may be a network's
+        if found is None or self.state.rollbacks >= optimizer.max_rollbacks:
+            source = self.inputs.source if self.inputs.forked else None
+            raise not_finite(skipped, optimizer.max_skipped_steps, self.folder.checkpoints, step - skipped, source)
+        self.collector.forget_ahead()
+        before = self._load(found)
+        self.topology.barrier()
+        if self.topology.is_main:
+            set_newer_aside(found)
+        self.policy.publish(self.policy.version + 1)
+        self.state.skipped_in_row = 0
+        self.state.rollbacks += 1
+        self.logger.log_event(
+            f"step {step}: {skipped} steps in a row were not finite; back to the weights of step {before.step}, and on with "
+            f"the prompts that come next (rollback {self.state.rollbacks} of {optimizer.max_rollbacks})",
+            "red",
+        )
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -253,8 +342,7 @@ class Run:
         """Loads the newest state there is; returns where it came from and whether that was another run."""
         source, forked = self.inputs.source, self.inputs.forked
         if source is not None:
-            self.state = RunState(**load_checkpoint(self.engine, source))
-            self.controller.state = ControllerState(**self.state.controller)
+            self.state = self._load(source, own=not forked)
             if self.state.cursor is not None:
                 self.cursor.load_state(self.state.cursor)
             if self.state.sft_cursor is not None:
@@ -263,17 +351,63 @@ class Run:
         if forked:
             self.controller.state.stopped = False
             self.state.best = {}  # the other run's best checkpoint is not in this folder
-        report = self.policy.publish(self.state.policy_version)
-        self._first_sync = report
+            self.state.rl_step, self.state.method, self.state.reference = 0, {}, None
+        self._restore_reference(is_start=source is None, goes_on=source is not None and not forked)
+        self._first_syncs = {"": self.policy.publish(self.state.policy_version)}
+        for name, sampler in self.frozen.items():
+            self.policy.rest()  # where engines share devices, they take turns from the start
+            self._first_syncs[name] = sampler.publish(0)
+            sampler.rest()
         return ("the Hugging Face folder" if source is None else str(source)), forked
 
+    def _load(self, checkpoint: Path, *, own: bool = True) -> RunState:
+        """Weights, optimizer, where the controller was and, of this run's `own`, the method; returns the rest."""
+        load_checkpoint(self.engine, checkpoint)
+        state = read_run_state(checkpoint)
+        self.controller.state = ControllerState(**state.controller)
+        self.reheat.last_good = None
+        if self.controller.state.stage == "reheat":
+            self.reheat.last_good = load_last_good(self.engine, checkpoint)
+        if own and state.method.get("name") == self._method_name:
+            try:
+                self.method.load_state(state.method["state"])
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                problem = f"method.state is not what {self._method_name} keeps ({type(error).__name__}: {error})"
+                raise other_version(checkpoint, problem) from None
+        return state
+
+    def _restore_reference(self, *, is_start: bool, goes_on: bool) -> None:
+        """Once the weights are those that the run goes on with."""
+        warm = self.config.sft.steps
+        if self.reference is None or self.state.step < warm:
+            return
+        if goes_on and self.state.step > warm:
+            self.reference.resume(self.state.reference)
+        else:
+            self.reference.begin(keep=not is_start)
+
+    def _set_newer_aside(self) -> None:
+        """`latest` may name an older checkpoint, by the user's hand; the steps after it are made anew."""
+        source = self.inputs.source
+        if source is None or self.inputs.forked or not self.topology.is_main:
+            return
+        if places := set_newer_aside(source):
+            names = ", ".join(place.name for place in places)
+            self.logger.log_event(f"going on from step {self.state.step}; later checkpoints are set aside as {names}")
+
     def _save(self, is_best: bool = False) -> None:
-        if self._saved_step == self.state.step:
+        # weights from which no step is finite must not take the place of those from which one was
+        if self._saved_step == self.state.step or self.state.skipped_in_row:
             return
         self.state.policy_version = self.policy.version
         self.state.controller = self.controller.state.to_json()
-        self.state.cursor = self.rlvr.cursor_state()
+        self.state.cursor = self.collector.cursor_state()
         self.state.sft_cursor = self.sft_cursor.state()
+        self.state.date = self.inputs.today.isoformat()
+        self.state.method = {"name": self._method_name, "state": self.method.state()}
+        # of a run that goes on without it for a while, what it was stays on record
+        self.state.reference = self.state.reference if self.reference is None else self.reference.digest
+        self.logger.sync()
         save_checkpoint(
             self.engine,
             self.folder.checkpoints,
@@ -281,26 +415,23 @@ class Run:
             asdict(self.state),
             keep=self.config.checkpoint.keep,
             is_best=is_best,
+            last_good=self.reheat.last_good,
         )
         self._saved_step = self.state.step
+        self._save_is_due = False
 
     # -- the rest --------------------------------------------------------------------------------------------------
 
     def _build_stages(self) -> None:
         config, inputs = self.config, self.inputs
         stops = inputs.stop_token_ids
-        self.rlvr = RLVRStage(config, self.policy, self.cursor, stops)
+        self.collector = Collector(config, self.policy, self.cursor, stops, self._should_stop, self.frozen)
         self.reheat = ReheatStage(config, self.policy, self.cursor, stops, self.controller)
-        self.sft = SFTStage(
-            config.sft, self.engine, self.sft_cursor, self._encode_solution, config.optimizer.weight_decay
-        )
-
-    def _encode_solution(self, solution: str) -> list[int]:
-        tokenizer = self.inputs.tokenizer
-        return [*tokenizer(solution, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-
-    def _decode(self, token_ids: Any) -> str:
-        return self.inputs.tokenizer.decode(token_ids, skip_special_tokens=True)
+        self.stages: dict[str, Stage] = {
+            "sft": SFTStage(config, self.policy, self.sft_cursor, inputs.encode),
+            "rlvr": RLVRStage(config, self.policy, self.collector, self.method, self.controller, self.reference),
+            "reheat": self.reheat,
+        }
 
     def _evaluate(self) -> dict[str, float]:
         if self.inputs.eval_prompts is None:
@@ -311,13 +442,14 @@ class Run:
 
     def _log(self, step: int, stage: Any, metrics: dict[str, float], round_: int = 0, event: str | None = None) -> None:
         if metrics:
-            metrics["rollout/engine_restarts"] = float(self.policy.engine_restarts)
+            samplers = (self.policy, *self.frozen.values())
+            metrics["rollout/engine_restarts"] = float(sum(s.engine_restarts for s in samplers))
             self.logger.log_step(StepRecord(step, stage, round_, self.policy.version, metrics, event))
 
     def _announce_start(self, source: str) -> None:
         t = self.topology
         start_s = self._sampler.wait_ready() if self._sampler is not None else 0.0
-        sync, rollout = self._first_sync, self.config.rollout
+        rollout = self.config.rollout
         engines = f"{engine_seats(t, rollout).count} engine(s),"
         if rollout.mode == "server":
             engines = f"{len(rollout.servers) or rollout.num_servers} server(s),"
@@ -325,7 +457,18 @@ class Run:
             f"{self.config.run.name}: {self.engine.num_parameters / 1e6:.2f}M parameters from {source}",
             f"layout: tensor {t.tensor_size} x pipeline {t.pipeline_size} x data {t.data_size} on {t.device.type}; "
             f"{self.engine.backend}",
-            f"vLLM: {engines} ready {start_s:.1f} s after their start; first weight sync "
-            f"{sync.num_bytes / 1e6:.1f} MB in {sync.seconds * 1e3:.0f} ms{', digests verified' if sync.verified else ''}",
+            f"vLLM: {engines} ready {start_s:.1f} s after their start; {self._first_sync('')}",
+            *(
+                f"{name}: {model.folder.path} in {model.dtype}, frozen, on as many; {self._first_sync(name)}"
+                for name, model in self.inputs.frozen.items()
+            ),
+            *self.inputs.describe(),
         ):
             self.logger.log_event(line, "dim")
+        if self._references is not None:
+            self.logger.log_event(str(self._references), "yellow" if self._references.failed else "dim")
+
+    def _first_sync(self, name: str) -> str:
+        sync = self._first_syncs[name]
+        verified = ", digests verified" if sync.verified else ""
+        return f"first weight sync {sync.num_bytes / 1e6:.1f} MB in {sync.seconds * 1e3:.0f} ms{verified}"

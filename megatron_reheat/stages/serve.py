@@ -6,22 +6,23 @@ The servers start with random weights; the trainer sends its own. Nothing of the
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import signal
 import socket
 import threading
-import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+from megatron_reheat.confidential import TOKEN_VARIABLE
 from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.model.provider import read_hf_config, resolve_hf_folder
 from megatron_reheat.rollout.gpus import visible_gpus
-from megatron_reheat.rollout.server.client import Network
+from megatron_reheat.rollout.server.guard import server_token
+from megatron_reheat.rollout.server.keeper import Keeper
 from megatron_reheat.rollout.server.process import ServerProcess
-from megatron_reheat.rollout.server.servers import POLL_S
 from megatron_reheat.rollout.vllm_version import require_vllm
 from megatron_reheat.run_folder import RunFolder
 from megatron_reheat.stages.inputs import context_length
@@ -31,7 +32,7 @@ ANY_ADDRESS = ("0.0.0.0", "::")
 
 
 def serve(config: Config, *, host: str, port: int, servers: int | None = None, log_folder: Path | None = None) -> None:
-    """Starts the servers and returns when it was asked to end them by SIGTERM or SIGINT.
+    """Starts the servers, again where one ends by itself, and returns when it was asked to end them by SIGTERM or SIGINT.
 
     A SIGTERM that was ignored when this process started stays ignored, as with nohup.
 
@@ -43,8 +44,10 @@ def serve(config: Config, *, host: str, port: int, servers: int | None = None, l
 
     Raises:
         ConfigError: the recipe cannot be served here, or a port is taken.
-        EngineDied: a server ended, or was not ready within `rollout.start_timeout_s`; the others are ended.
+        EngineDied: a server ended before it was ready, was not so within `rollout.start_timeout_s`, or had to be started
+            again more than `rollout.max_restarts` times within an hour; the others are ended.
     """
+    check_exposure(host)
     require_vllm()
     shares = divide_gpus(visible_gpus(), servers, config.rollout.tensor)
     check_ports(host, port, len(shares))
@@ -56,30 +59,32 @@ def serve(config: Config, *, host: str, port: int, servers: int | None = None, l
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{logs} cannot be made: {error.strerror}; change --log-folder") from None
-    name = socket.gethostname()
+    name, token = socket.gethostname(), server_token()
     stop = stop_on_signals()
-    running: dict[str, ServerProcess] = {}
+    starters: dict[str, Callable[[], ServerProcess]] = {}
+    for number, gpus in enumerate(shares, start=port):
+        url = f"http://{_address(host, name)}:{number}"
+        log_file = logs / f"vllm-{name}-{number}.log"
+        starters[url] = partial(
+            ServerProcess,
+            str(model_folder),
+            hf,
+            rollout,
+            dtype=config.model.dtype,
+            seed=config.run.seed,
+            host=host,
+            port=number,
+            token=token,
+            log_file=log_file,
+            gpus=gpus,
+            threads=rollout.threads or max(1, len(os.sched_getaffinity(0)) // len(shares)),
+        )
+        print(f"{url} on {'GPU ' + ','.join(gpus) if gpus else 'CPU'}, log {log_file}", flush=True)
+    keeper = Keeper(starters, _address(host, "127.0.0.1"), rollout, token=token)
     try:
-        for number, gpus in enumerate(shares, start=port):
-            url = f"http://{_address(host, name)}:{number}"
-            log_file = logs / f"vllm-{name}-{number}.log"
-            running[url] = ServerProcess(
-                str(model_folder),
-                hf,
-                rollout,
-                dtype=config.model.dtype,
-                seed=config.run.seed,
-                host=host,
-                port=number,
-                log_file=log_file,
-                gpus=gpus,
-                threads=rollout.threads or max(1, len(os.sched_getaffinity(0)) // len(shares)),
-            )
-            print(f"{url} on {'GPU ' + ','.join(gpus) if gpus else 'CPU'}, log {log_file}", flush=True)
-        _watch(running, host, rollout.start_timeout_s, stop)
+        keeper.watch(stop)
     finally:
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(ServerProcess.end, running.values()))
+        keeper.end()
     print("servers ended", flush=True)
 
 
@@ -104,6 +109,28 @@ def divide_gpus(gpus: Sequence[str], servers: int | None, tensor: int) -> list[t
     return [tuple(gpus[k * tensor : (k + 1) * tensor]) for k in range(servers)]
 
 
+def check_exposure(host: str) -> None:
+    """
+    Raises:
+        ConfigError: others could reach the servers, and would not be asked for a token.
+    """
+    if server_token() is None and not is_loopback(host):
+        raise ConfigError(
+            f"--host {host} can be reached from other machines, and whoever reaches a server can replace its weights; set "
+            f"{TOKEN_VARIABLE}, here and for the trainer, to the same secret (e.g. of `openssl rand -hex 24`), or leave --host "
+            "out for this machine alone"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, of whatever address
+        return False
+
+
 def check_ports(host: str, port: int, count: int) -> None:
     """
     Raises:
@@ -118,28 +145,9 @@ def check_ports(host: str, port: int, count: int) -> None:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise ConfigError(f"--port: {number} is in use on this machine; choose another --port") from None
-            raise ConfigError(f"--host {host} --port {number} cannot be listened on: {error.strerror}") from None
-
-
-def _watch(running: dict[str, ServerProcess], host: str, start_timeout_s: float, stop: threading.Event) -> None:
-    """Tells of every server that becomes ready, and returns when `stop` is set."""
-    started = time.perf_counter()
-    network = Network()
-    clients = {
-        url: network.client(f"http://{_address(host, '127.0.0.1')}:{process.port}", start_timeout_s)
-        for url, process in running.items()
-    }
-    try:
-        while not stop.wait(POLL_S):
-            for url, process in running.items():
-                late = url in clients and time.perf_counter() - started > start_timeout_s
-                if late or not process.alive:
-                    raise process.death()
-                if url in clients and network.run(clients[url].is_ready()):
-                    print(f"{url} ready after {time.perf_counter() - started:.0f} s", flush=True)
-                    del clients[url]
-    finally:
-        network.close()
+            raise ConfigError(
+                f"--host {host} --port {number} cannot be listened on: {error.strerror}; choose another"
+            ) from None
 
 
 def _address(host: str, for_any: str) -> str:

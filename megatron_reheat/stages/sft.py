@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
-from megatron_reheat.config import SFTConfig
+from megatron_reheat.clock import Clock
+from megatron_reheat.config import Config, SFTConfig
 from megatron_reheat.data.prompts import PromptCursor
 from megatron_reheat.losses.reheat import sft_loss
-from megatron_reheat.model.engine import Engine
-from megatron_reheat.stages.clock import Clock
+from megatron_reheat.stages.controller import Verdict
 from megatron_reheat.stages.outcome import StepOutcome
-from megatron_reheat.types import Prompt, TrainBatch, TrainSequence
+from megatron_reheat.stages.policy import Policy
+from megatron_reheat.types import At, Prompt, TrainBatch, TrainSequence
 
 
 class SFTStage:
-    def __init__(self, config: SFTConfig, engine: Engine, cursor: PromptCursor, encode, weight_decay: float) -> None:
+    def __init__(
+        self, config: Config, policy: Policy, cursor: PromptCursor, encode: Callable[[str], list[int]]
+    ) -> None:
         """`encode` turns a worked answer into response token ids, end-of-sequence included."""
         self._config = config
-        self._engine = engine
+        self._policy = policy
         self._cursor = cursor
         self._encode = encode
-        self._weight_decay = weight_decay
 
-    def step(self, step: int) -> StepOutcome:
-        """`step` counts from 1."""
-        clock, config = Clock(), self._config
+    def step(self, at: At) -> tuple[StepOutcome, Verdict]:
+        clock, config = Clock(), self._config.sft
+        self._policy.rest()
         batch = TrainBatch(tuple(self._sequence(p) for p in self._cursor.next(config.batch_size)))
         with clock.phase("update"):
-            update = self._engine.update(
-                batch, sft_loss, lr=cosine_lr(step - 1, config), weight_decay=self._weight_decay
+            update = self._policy.engine.update(
+                batch,
+                sft_loss,
+                lr=cosine_lr(at.step - 1, config),
+                weight_decay=self._config.optimizer.weight_decay,
             )
         metrics = {**update.metrics, **clock.metrics()}
         metrics["throughput/tokens_per_s"] = batch.num_tokens / metrics["time/step_s"]
-        return StepOutcome(metrics, (), None, update.applied, update.finite)
+        return StepOutcome(metrics, (), None, update.applied, update.finite), Verdict.CONTINUE
 
     def _sequence(self, prompt: Prompt) -> TrainSequence:
         assert prompt.solution is not None  # the configuration asks for data.solution_template

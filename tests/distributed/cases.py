@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import date, timedelta
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,14 +19,23 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
-from tests.reference import LOGIT_CASES, TEMPERATURES, dense_kl, dense_logprobs, make_logits, relative_error
+from tests.reference import (
+    LOGIT_CASES,
+    TEMPERATURES,
+    dense_divergence,
+    dense_entropy_flow,
+    dense_kl,
+    dense_logprobs,
+    make_logits,
+    relative_error,
+)
 
 
 def vocab_parallel(num_tokens: int, vocab_sizes: Sequence[int]) -> dict[int, dict[str, Any]]:
     """Losses on sharded logits at TP = 1, 2 and 4 against the dense reference, in one job of four ranks, by vocabulary."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    results: dict[int, dict[str, Any]] = {size: {"errors": {}, "values": {}} for size in vocab_sizes}
+    results: dict[int, dict[str, Any]] = {size: {"errors": {}, "values": {}, "head": {}} for size in vocab_sizes}
     for tensor_size in (1, 2, 4):
         groups = [dist.new_group(list(range(i, i + tensor_size))) for i in range(0, 4, tensor_size)]
         group, shard = groups[rank // tensor_size], rank % tensor_size
@@ -32,6 +44,12 @@ def vocab_parallel(num_tokens: int, vocab_sizes: Sequence[int]) -> dict[int, dic
             errors, values = _vocab_parallel_errors(dense, group, shard, tensor_size, vocab_size)
             key = (tensor_size, case, str(dtype))
             results[vocab_size]["errors"][key], results[vocab_size]["values"][key] = errors, values
+            teacher = make_logits(LOGIT_CASES[LOGIT_CASES.index(case) - 1], num_tokens, vocab_size, seed=7).to(dtype)
+            errors, values = _divergence_errors(dense, teacher, group, shard, tensor_size, vocab_size)
+            results[vocab_size]["errors"][key] |= errors
+            results[vocab_size]["values"][key] += values
+        for vocab_size in vocab_sizes:
+            results[vocab_size]["head"][tensor_size] = _head_loss_errors(group, shard, tensor_size, vocab_size)
     return results
 
 
@@ -92,6 +110,73 @@ def _vocab_parallel_errors(
     return errors, values
 
 
+def _divergence_errors(
+    dense: Tensor, teacher: Tensor, group: Any, shard: int, tensor_size: int, vocab_size: int
+) -> tuple[dict[str, float], list[Tensor]]:
+    """Against a teacher of another kind, and against one that is nearly the policy itself."""
+    from megatron_reheat.parallel.vocab import VocabLogits
+
+    columns = -(-vocab_size // tensor_size)
+    padding = columns * tensor_size - vocab_size
+    own = slice(shard * columns, (shard + 1) * columns)
+    weights = torch.rand(len(dense), generator=torch.Generator().manual_seed(1)) + 0.5
+
+    def vocabulary(logits: Tensor) -> VocabLogits:
+        padded = torch.nn.functional.pad(logits, (0, padding), value=2e4)  # would win every softmax if it counted
+        return VocabLogits(padded[:, own].clone().requires_grad_(), vocab_size, group)
+
+    errors, values = {}, []
+    near = (dense.float() + 1e-2 * torch.sin(torch.arange(dense.numel())).view(dense.shape)).to(dense.dtype)
+    for kind, other in (("teacher", teacher), ("near", near)):
+        for measure, temperature in product(("forward", "reverse", "js"), (1.0, 1.3)):
+            policy, expected = vocabulary(dense), dense_divergence(dense, other, measure, temperature, weights)
+            if measure == "js":
+                value = policy.js_to(vocabulary(other), temperature=temperature)
+            else:
+                value = policy.kl_to(vocabulary(other), direction=measure, temperature=temperature)
+            (value * weights).sum().backward()
+            exact = torch.nn.functional.pad(expected.gradient, (0, padding))[:, own]
+            name = f"{kind} {measure} T={temperature}"
+            errors[f"{name} gradient"] = _shard_error(policy.logits.grad, exact, expected.gradient)
+            errors[f"{name} value"] = relative_error(value, expected.value)
+            values.append(value.detach())
+    flow = vocabulary(dense).mean_entropy_flow()
+    errors["entropy flow"] = relative_error(flow, dense_entropy_flow(dense))
+    return errors, [*values, flow]
+
+
+def _head_loss_errors(group: Any, shard: int, tensor_size: int, vocab_size: int) -> dict[str, float]:
+    """A layer's JS to the policy plus the policy's KL to a teacher, from hidden states; gradients summed over the group."""
+    from megatron_reheat.parallel.head import head_loss
+    from megatron_reheat.parallel.vocab import VocabLogits
+
+    generator = torch.Generator().manual_seed(4)
+    states = [h.requires_grad_(i < 2) for i, h in enumerate(torch.randn(3, 9, 8, generator=generator))]
+    weight = torch.randn(vocab_size, 8, generator=generator)
+    columns = -(-vocab_size // tensor_size)
+    own = slice(shard * columns, (shard + 1) * columns)
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, columns * tensor_size - vocab_size), value=9.0)
+    mine = padded[own].clone().requires_grad_()
+
+    def loss(vocabs: Sequence[VocabLogits], rows: slice) -> Tensor:
+        policy, layer, teacher = vocabs
+        return (layer.js_to(policy, temperature=1.3) + policy.kl_to(teacher)).sum()
+
+    value = head_loss(states, mine, loss, vocab_size, group, chunk_tokens=4)
+    value.backward()
+    ones = torch.ones(9)
+    policy, layer, teacher = (h.detach().double() @ weight.double().t() for h in states)
+    js, kl = dense_divergence(layer, policy, "js", 1.3, ones), dense_divergence(policy, teacher, "reverse", 1.0, ones)
+    errors = {"value": relative_error(value, js.value.sum() + kl.value.sum())}
+    head = js.gradient.t() @ states[1].detach().double() + kl.gradient.t() @ states[0].detach().double()
+    exact = torch.nn.functional.pad(head, (0, 0, 0, len(padded) - vocab_size))[own]
+    errors["weight gradient"] = _shard_error(mine.grad, exact, head)
+    for name, hidden, gradient in (("policy", states[0], kl.gradient), ("layer", states[1], js.gradient)):
+        dist.all_reduce(hidden.grad, group=group)
+        errors[f"{name} gradient"] = relative_error(hidden.grad, gradient @ weight.double())
+    return errors
+
+
 def _shard_error(actual: Tensor, expected: Tensor, whole: Tensor) -> float:
     """Relative to the whole gradient: a shard may hold almost none of it."""
     return ((actual.double() - expected).norm() / whole.norm().clamp_min(1e-6)).item()
@@ -102,6 +187,8 @@ def model_parity(folders: dict[str, Path], layouts: list[tuple[int, int]]) -> di
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
+    from megatron_reheat.parallel.vocab import Vocabulary
+
     results = {}
     batch = random_batch(seed=3)
     for tensor, pipeline in layouts:
@@ -110,6 +197,10 @@ def model_parity(folders: dict[str, Path], layouts: list[tuple[int, int]]) -> di
                 logits = _all_logits(engine, batch)
                 exported = dict(engine.iter_hf_weights())
                 result: dict[str, Any] = {"num_parameters": engine.num_parameters}
+                flows = engine.score(batch, temperature=1.0, columns={"flow": Vocabulary.mean_entropy_flow}).columns[
+                    "flow"
+                ]
+                result["flow_lengths"] = [len(row) for row in flows]
                 if logits:
                     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
                     with torch.no_grad():
@@ -117,6 +208,13 @@ def model_parity(folders: dict[str, Path], layouts: list[tuple[int, int]]) -> di
                             (logits[i] - reference(ids[None]).logits[0]).abs().max().item()
                             for i, ids in enumerate(token_tensors(batch))
                             if i in logits
+                        )
+                        result["flow_error"] = max(
+                            relative_error(
+                                torch.from_numpy(flow),
+                                dense_entropy_flow(reference(ids[None]).logits[0, -len(flow) - 1 : -1]),
+                            )
+                            for ids, flow in zip(token_tensors(batch), flows, strict=True)
                         )
                     result["reference_parameters"] = sum(p.numel() for p in reference.parameters())
                 if engine.topology.is_replica_leader:
@@ -145,7 +243,7 @@ def _all_logits(engine: Any, batch: Any) -> dict[int, Tensor]:
         return whole.sum(), MetricSums()
 
     with torch.no_grad():
-        engine._run(engine._microbatches(batch), keep, forward_only=True)
+        engine._run(engine._microbatches(batch), partial(engine._whole_loss, keep), forward_only=True)
     return found
 
 
@@ -185,8 +283,11 @@ def _train_five_steps(folder: Path, **layout: Any) -> dict[str, Any]:
         return {"layout": layout, "metrics": history, "weights": {n: t.clone() for n, t in engine.iter_hf_weights()}}
 
 
-def checkpoint_round_trip(folder: Path, checkpoints: Path, save: dict[str, Any], loads: list[dict[str, Any]]) -> Any:
-    """Two steps, save, two more; then load under each layout and take the same two steps."""
+def checkpoint_round_trip(
+    folder: Path, checkpoints: Path, save: dict[str, Any], loads: list[dict[str, Any]], recipe: Path
+) -> Any:
+    """Two steps, save, two more; then load under each layout and take the same two steps. In the same job, what the ranks make
+    of `recipe` when each starts a day after the one before it."""
     from megatron_reheat.losses.reheat import sft_loss
     from megatron_reheat.model.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 
@@ -195,24 +296,95 @@ def checkpoint_round_trip(folder: Path, checkpoints: Path, save: dict[str, Any],
         return [engine.update(batch, sft_loss, lr=1e-2, weight_decay=0.01).metrics["sft/loss"] for _ in range(2)]
 
     with running_engine(folder, **save) as engine:
+        started = _inputs_around_midnight(recipe, engine.topology)
+        # a run may have nothing to train on in its first steps
+        save_checkpoint(engine, checkpoints.parent / "untrained", 1, {"note": "untrained"}, keep=1)
+        assert load_checkpoint(engine, checkpoints.parent / "untrained" / "step-1") == {"note": "untrained"}
         two_steps(engine)
         save_checkpoint(engine, checkpoints, 1, {"note": "older"}, keep=2)
+        if engine.topology.is_main:
+            (checkpoints / "step-9").mkdir()  # newer, of before somebody went back to an older one
+            (checkpoints / "step-2").mkdir()
+            (checkpoints / "step-2" / "somebody's").touch()
+            (checkpoints / ".step-3.partial").mkdir()
+        too_large = _save_where_files_stay_small(engine, checkpoints)
+        forks: list[int] = []
+        os.register_at_fork(before=lambda: forks.append(1))
         save_checkpoint(engine, checkpoints, 2, {"note": "kept"}, keep=1)
+        forked = len(forks)
         expected = two_steps(engine)
     resumed = []
     for layout in loads:
         with running_engine(folder, **layout) as engine:
             state = load_checkpoint(engine, latest_checkpoint(checkpoints))
             resumed.append((layout, state, two_steps(engine)))
-    return {"expected": expected, "resumed": resumed}
+            if layout == save:
+                refused = _hostile_loads(engine, checkpoints)
+    return {
+        "expected": expected, "resumed": resumed, "refused": refused, "too_large": too_large, "started": started,
+        "forked": forked,
+    }  # fmt: skip
 
 
-def non_finite_updates(folder: Path, layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """An update whose loss is NaN on one sequence, and one that is refused by `accept`: weights must not move."""
-    return [_non_finite_updates(folder, **layout) for layout in layouts]
+def _save_where_files_stay_small(engine: Any, checkpoints: Path) -> tuple[str, list[str]]:
+    """What a save says whose files the operating system refuses to let grow, and what it leaves."""
+    from megatron_reheat.errors import ReheatError
+    from megatron_reheat.model.checkpoint import save_checkpoint
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        save_checkpoint(engine, checkpoints, 5, {}, keep=1)
+    except ReheatError as error:
+        message = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    engine.topology.barrier()
+    return message, sorted(path.name for path in checkpoints.iterdir())
 
 
-def _non_finite_updates(folder: Path, **layout: Any) -> dict[str, Any]:
+def _hostile_loads(engine: Any, checkpoints: Path) -> dict[tuple[str, str], str]:
+    """{(payload, function): message of its refusal} for copies of the latest checkpoint."""
+    from megatron_reheat.errors import ReheatError
+    from megatron_reheat.model.checkpoint import latest_checkpoint, load_checkpoint, load_weights
+    from tests.hostile_checkpoints import PAYLOADS, tamper
+
+    messages = {}
+    for payload in PAYLOADS:
+        copy = checkpoints.parent / f"hostile {payload}" / "step-2"
+        if engine.topology.is_main:
+            shutil.copytree(latest_checkpoint(checkpoints), copy)
+            tamper(copy, payload, checkpoints.parent / "made")
+        engine.topology.barrier()
+        loads = {"checkpoint": partial(load_checkpoint, engine, copy)}
+        if "metadata" in payload or "outside" in payload:  # the functions below rely on nobody to have looked before
+            loads["weights"] = partial(load_weights, engine.module, copy)
+        for name, load in loads.items():
+            try:
+                load()
+            except ReheatError as error:
+                messages[payload, name] = str(error)
+    return messages
+
+
+def _inputs_around_midnight(recipe: Path, topology: Any) -> list[tuple[Any, str, int]]:
+    """(date, first prompt, fingerprint) as this rank reads them, and once the ranks have agreed."""
+    from megatron_reheat.config import load_config
+    from megatron_reheat.stages.inputs import agree_on_date, read_inputs
+
+    config = load_config(recipe)
+    mine = read_inputs(config, date(2024, 12, 31) + timedelta(days=topology.rank))
+    return [(i.today, i.prompts[0].text, i.prompts.fingerprint) for i in (mine, agree_on_date(mine, config, topology))]
+
+
+def rollbacks(folder: Path, layouts: list[dict[str, Any]], checkpoints: Path, trip: list[dict[str, Any]]) -> Any:
+    """What updates and rollbacks do under each of `layouts`; and whether a checkpoint's whole state and its last good weights
+    survive being loaded and saved under each layout of `trip` in turn, from the first one's training back to its bits."""
+    return {"updates": [_updates(folder, **layout) for layout in layouts], "trip": _trip(folder, checkpoints, trip)}
+
+
+def _updates(folder: Path, **layout: Any) -> dict[str, Any]:
+    """An update whose loss is NaN on one sequence, one that is refused by `accept`, a good one, and a way back."""
     from megatron_reheat.losses.reheat import sft_loss
 
     def poisoned(vocab: Any, micro: Any) -> Any:
@@ -221,17 +393,27 @@ def _non_finite_updates(folder: Path, **layout: Any) -> dict[str, Any]:
 
     with running_engine(folder, **layout) as engine:
         batch = random_batch(seed=6)
+        for _ in range(2):
+            engine.update(batch, sft_loss, lr=1e-3, weight_decay=0.1)
         before = engine.snapshot()
+        trained, moments = _state(engine), _moments(engine)
         bad = engine.update(batch, poisoned, lr=1e-2, weight_decay=0.0)
         refused = engine.update(batch, sft_loss, lr=1e-2, weight_decay=0.0, accept=lambda metrics: False)
-        unchanged = all(torch.equal(before[n], t) for n, t in engine.snapshot().items())
+        unchanged = _equal(_state(engine), trained) and _equal(_moments(engine), moments)
         good = engine.update(batch, sft_loss, lr=1e-2, weight_decay=0.0)
-        moved = any(not torch.equal(before[n], t) for n, t in engine.snapshot().items())
+        moved = not _equal(_state(engine), trained)
+        engine.update(batch, sft_loss, lr=1e-2, weight_decay=0.0)
         engine.restore(before)
-        restored = all(torch.equal(before[n], t) for n, t in engine.snapshot().items())
-        # restored into the optimizer's main parameters too: the next step starts from there
-        engine.reset_optimizer()
-        again = engine.update(batch, sft_loss, lr=1e-2, weight_decay=0.0)
+        restored = _equal(_state(engine), trained)
+        # a step from there does the same each time: nothing of what was rolled back is left
+        again = []
+        for _ in range(2):
+            engine.restore(before)
+            engine.reset_optimizer()
+            loss = engine.update(batch, sft_loss, lr=1e-2, weight_decay=0.0).metrics["sft/loss"]
+            again.append((loss, _state(engine), _moments(engine)))
+        used = engine.snapshot(into=before)
+        reused = used is before and _equal(engine.snapshot(), used) and not _equal(used, trained)
         return {
             "bad": (bad.applied, bad.finite),
             "refused": (refused.applied, refused.finite),
@@ -239,8 +421,255 @@ def _non_finite_updates(folder: Path, **layout: Any) -> dict[str, Any]:
             "unchanged": unchanged,
             "moved": moved,
             "restored": restored,
-            "losses": (good.metrics["sft/loss"], again.metrics["sft/loss"]),
+            "losses": [good.metrics["sft/loss"], again[0][0], again[1][0]],
+            "repeats": all(_equal(x, y) for x, y in zip(again[0][1:], again[1][1:], strict=True)),
+            "reused": reused,
+            "beyond_bfloat16": any(not torch.equal(t, t.bfloat16().float()) for t in _masters(engine)),
         }
+
+
+def _masters(engine: Any) -> list[Tensor]:
+    """What AdamW steps: this rank's float32 values."""
+    return [p for o in engine.torch_optimizers() for g in o.param_groups for p in g["params"]]
+
+
+def _state(engine: Any) -> dict[str, Tensor]:
+    weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    return {**weights, **{f"master {i}": p.detach().clone() for i, p in enumerate(_masters(engine))}}
+
+
+def _moments(engine: Any) -> dict[str, Tensor]:
+    states = [o.state[p] for o in engine.torch_optimizers() for g in o.param_groups for p in g["params"]]
+    return {f"{name} {i}": value.clone() for i, state in enumerate(states) for name, value in state.items()}
+
+
+def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """To the bit."""
+    return a.keys() == b.keys() and all(torch.equal(_bits(a[n]), _bits(b[n])) for n in a)
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.reshape(-1).view(torch.uint8)
+
+
+def _trip(folder: Path, checkpoints: Path, trip: list[dict[str, Any]]) -> dict[str, Any]:
+    from megatron_reheat.losses.reheat import sft_loss
+    from megatron_reheat.model.checkpoint import load_checkpoint, load_last_good, save_checkpoint
+
+    batch = random_batch(seed=7)
+    with running_engine(folder, **trip[0]) as engine:
+        for _ in range(2):
+            engine.update(batch, sft_loss, lr=1e-3, weight_decay=0.1)
+        start, last_good = _state(engine), engine.snapshot()
+        engine.update(batch, sft_loss, lr=1e-2, weight_decay=0.1)
+        end = {**_state(engine), **_moments(engine)}
+        save_checkpoint(engine, checkpoints, 1, {}, keep=9)
+        absent = load_last_good(engine, checkpoints / "step-1") is None
+        save_checkpoint(engine, checkpoints, 2, {}, keep=9, last_good=last_good)
+    for step, layout in enumerate([*trip[1:], trip[0]], start=3):
+        with running_engine(folder, **layout) as engine:
+            load_checkpoint(engine, checkpoints / f"step-{step - 1}")
+            last_good = load_last_good(engine, checkpoints / f"step-{step - 1}")
+            if layout != trip[0]:
+                save_checkpoint(engine, checkpoints, step, {}, keep=9, last_good=last_good)
+                continue
+            returned = _equal({**_state(engine), **_moments(engine)}, end)
+            engine.restore(last_good)
+            return {"absent": absent, "whole_state": returned, "last_good": _equal(_state(engine), start)}
+    raise AssertionError("the trip has no way back")
+
+
+def sequence_losses(folder: Path, layouts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One step of GSPO under each layout: loss, gradient norm and weights; and the same by transformers in float64."""
+    from megatron_reheat.losses.policy import surrogate_loss
+    from megatron_reheat.losses.surrogates import sequence_clipped
+
+    gspo = partial(sequence_clipped, clip_low=0.05, clip_high=0.1)
+    loss = partial(surrogate_loss, surrogate=gspo, sampling_temperature=0.9, tis_cap=None, entropy_coef=0.0)
+    batch, results = _with_old_logprobs(folder, random_batch(seed=12)), []
+    for layout in layouts:
+        with running_engine(folder, **layout) as engine:
+            options = {"lr": 1e-3, "weight_decay": 0.0, "aggregation": "sequence_mean", "whole_sequences": True}
+            metrics = engine.update(batch, loss, **options).metrics
+            results.append({"metrics": metrics, "weights": {n: t.clone() for n, t in engine.iter_hf_weights()}})
+    return {"ours": results, "dense": _dense_gspo_step(folder, batch, 0.05, 0.1) if dist.get_rank() == 0 else None}
+
+
+def _dense_logprobs(model: Any, batch: Any) -> list[Tensor]:
+    """[R] of each sequence at temperature 0.9."""
+    rows = []
+    for sequence, ids in zip(batch.sequences, token_tensors(batch), strict=True):
+        logprobs = (model(ids[None]).logits[0] / 0.9).log_softmax(-1)
+        first = sequence.num_prompt_tokens
+        rows.append(logprobs[first - 1 : -1].gather(1, ids[first:, None])[:, 0])
+    return rows
+
+
+def _with_old_logprobs(folder: Path, batch: Any) -> Any:
+    """Those of the model, some way off."""
+    from transformers import AutoModelForCausalLM
+
+    model, generator = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64), np.random.default_rng(13)
+    with torch.no_grad():
+        rows = [row.numpy() for row in _dense_logprobs(model, batch)]
+    return batch.with_old_logprobs([(r + generator.normal(0, 0.3, r.shape)).astype(np.float32) for r in rows])
+
+
+def _dense_gspo_step(folder: Path, batch: Any, clip_low: float, clip_high: float) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    terms, clipped = [], 0
+    for s, row in zip(batch.sequences, _dense_logprobs(model, batch), strict=True):
+        ratio = (row - torch.from_numpy(s.old_logprobs)).mean().exp()
+        terms.append(-torch.minimum(ratio * s.advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * s.advantage))
+        clipped += bool(terms[-1] != -ratio * s.advantage)
+    loss = torch.stack(terms).mean()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-4, weight_decay=0.0).step()
+    after = {name: p.detach() for name, p in model.named_parameters()}
+    return {"loss": loss.item(), "norm": norm.item(), "before": before, "after": after, "clipped": clipped}
+
+
+def references(folder: Path, begins: list[dict[str, Any]], resumes: list[dict[str, Any]], root: Path) -> dict[str, Any]:
+    """A reference policy of each of `begins`' layouts, after two steps of training; the first's read back under those of
+    `resumes`, after other weights were loaded."""
+    from megatron_reheat.stages.reference import Reference
+
+    begun = [_begin_reference(folder, root / f"kept-{i}", **layout) for i, layout in enumerate(begins)]
+    batch, resumed = random_batch(seed=4), []
+    for layout in resumes:
+        with running_engine(folder, **layout) as engine:
+            reference = Reference(engine, root / "kept-0", folder, (1,))
+            before = _state(engine)
+            reference.resume(begun[0]["digest"])
+            unmoved = _equal(_state(engine), before)
+            scores = reference.score(batch, temperature=0.9)
+            resumed.append({"unmoved": unmoved, "scores": scores, "refusals": _reference_refusals(engine, reference)})
+    return {"begun": begun, "resumed": resumed}
+
+
+def _begin_reference(folder: Path, kept: Path, **layout: Any) -> dict[str, Any]:
+    from megatron_reheat.losses.reheat import sft_loss
+    from megatron_reheat.stages.reference import Reference
+
+    batch = random_batch(seed=4)
+    with running_engine(folder, **layout) as engine:
+        for seed in (6, 7):
+            engine.update(random_batch(seed), sft_loss, lr=1e-3, weight_decay=0.1)
+        expected = engine.score(batch, temperature=0.9)
+        exported = {n: t.clone() for n, t in engine.iter_hf_weights()}
+        reference = Reference(engine, kept, folder, (1,))
+        reference.begin(keep=True)
+        engine.update(random_batch(8), sft_loss, lr=1e-2, weight_decay=0.1)
+        moved, state = engine.score(batch, temperature=0.9), {**_state(engine), **_moments(engine)}
+        scores = reference.score(batch, temperature=0.9)
+        again = engine.score(batch, temperature=0.9)
+        undisturbed = _equal({**_state(engine), **_moments(engine)}, state) and _same_scores(again, moved)
+        # a step after the exchange is the step without it
+        before, moments = engine.snapshot(), _moments(engine)
+        after = engine.update(batch, sft_loss, lr=1e-2, weight_decay=0.0).metrics["sft/loss"]
+        trained = _state(engine)
+        engine.restore(before)
+        _put_moments_back(engine, moments)
+        reference.score(batch, temperature=0.9)
+        loss = engine.update(batch, sft_loss, lr=1e-2, weight_decay=0.0).metrics["sft/loss"]
+        return {
+            "digest": reference.digest,
+            "scores": scores,
+            "as_it_was": _same_scores(scores, expected),
+            "differs": not _same_scores(moved, expected),
+            "undisturbed": undisturbed,
+            "same_step": loss == after and _equal(_state(engine), trained),
+            "exported": exported if engine.topology.is_main else None,
+        }
+
+
+def _put_moments_back(engine: Any, moments: dict[str, Tensor]) -> None:
+    states = [o.state[p] for o in engine.torch_optimizers() for g in o.param_groups for p in g["params"]]
+    for name, value in moments.items():
+        key, index = name.split()
+        states[int(index)][key].copy_(value)
+
+
+def _same_scores(a: Any, b: Any) -> bool:
+    """To the bit."""
+    pairs = zip([*a.logprobs, *a.entropies], [*b.logprobs, *b.entropies], strict=True)
+    return all(x.tobytes() == y.tobytes() for x, y in pairs)
+
+
+def _reference_refusals(engine: Any, reference: Any) -> list[str]:
+    """What is said where the first weights were not kept, and where they are others."""
+    from megatron_reheat.errors import ReheatError
+
+    messages = []
+    for digest in (None, "0" * 16):
+        try:
+            reference.resume(digest)
+        except ReheatError as error:
+            messages.append(str(error))
+    return messages
+
+
+def steps_with_a_bad_minibatch(folder: Path, layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """An RL step of three minibatches, first as it should be, then with one whose gradient overflows."""
+    return [_steps_with_a_bad_minibatch(folder, **layout) for layout in layouts]
+
+
+def _steps_with_a_bad_minibatch(folder: Path, **layout: Any) -> dict[str, Any]:
+    """Engine and stage are real; the sampling is not: the responses are the same random ones in every step."""
+    from types import SimpleNamespace
+
+    from megatron_reheat.methods.grpo import GRPO, Tools
+    from megatron_reheat.stages.controller import Controller
+    from megatron_reheat.stages.rlvr import RLVRStage
+    from megatron_reheat.types import At, Collected, Completion, Group, Prompt, Reward, TrainBatch, TrainSequence
+
+    generator = np.random.default_rng(8)
+    prompts = [Prompt(i, "", tuple(generator.integers(2, 131, 4).tolist()), {}) for i in range(3)]
+    responses = [[generator.integers(2, 131, 5 + i).astype(np.int32) for i in range(2)] for _ in prompts]
+    results = {}
+    with running_engine(folder, **layout) as engine:
+        rl = {"prompts_per_step": 3, "group_size": 2, "minibatch_prompts": 1, "normalize_by_std": False}
+        optimizer = {"lr": 1e-3, "warmup_steps": 0}
+        config = engine.config.model_copy(
+            update={
+                "rl": engine.config.rl.model_copy(update=rl),
+                "optimizer": engine.config.optimizer.model_copy(update=optimizer),
+            }
+        )
+        start = engine.snapshot()
+        for name, rewards in (("good", (1.0, 1.0, 1.0)), ("bad", (1.0, 3e38, 1.0)), ("worst", (3e38, 3e38, 3e38))):
+            engine.restore(start)
+            engine.reset_optimizer()
+            batch = TrainBatch(
+                tuple(
+                    TrainSequence.of(prompt, Completion(tokens, np.zeros(len(tokens), np.float32), 1.0, 0, "stop"))
+                    for prompt, pair in zip(prompts, responses, strict=True)
+                    for tokens in pair
+                )
+            )
+            logprobs = iter(engine.score(batch, temperature=1.0).logprobs)
+            groups = [
+                Group(
+                    prompt,
+                    tuple(Completion(tokens, next(logprobs), 1.0, 0, "stop") for tokens in pair),
+                    (Reward(reward, True), Reward(0.0, False)),
+                )
+                for prompt, pair, reward in zip(prompts, responses, rewards, strict=True)
+            ]
+            published: list[int] = []
+            policy = SimpleNamespace(engine=engine, version=0, rest=lambda: None, publish=published.append)
+            collected = Collected(groups, groups, [], {})
+            collector = SimpleNamespace(collect=lambda *_, collected=collected, **__: collected, rest=lambda: None)
+            method = GRPO(config, None, Tools(engine.hf, str, lambda *_: None))
+            controller = Controller(config.controller)
+            at = At(step=1, rl_step=1, stage_step=0, temperature=1.0, seed=0)
+            outcome, _ = RLVRStage(config, policy, collector, method, controller).step(at)
+            results[name] = (outcome.metrics, outcome.applied, outcome.finite, len(published))
+    return results
 
 
 def sampler_agreement(folder: Path, log_folder: Path, layouts: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

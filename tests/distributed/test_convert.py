@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.countdown_cpu.make_model import make_tokenizer
-from megatron_reheat.model.hf_weights import HFReader
+from megatron_reheat.model.hf_reader import HFReader
 from tests.distributed.launch import launch
 from tests.tiny_models import save_tiny_model
 

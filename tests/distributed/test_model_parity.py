@@ -27,6 +27,14 @@ def test_logits_match_transformers(ranks, layout, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda at: f"tp{at[0]}pp{at[1]}")
+def test_a_further_column_is_scored_on_every_rank(ranks, layout, family):
+    results = [r[*layout, family] for r in ranks]
+    assert all(r["flow_lengths"] == results[0]["flow_lengths"] for r in results)
+    assert max(r["flow_error"] for r in results if "flow_error" in r) <= 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda at: f"tp{at[0]}pp{at[1]}")
 def test_weights_return_bit_exact_to_replica_leaders_only(ranks, layout, family):
     results = [r[*layout, family] for r in ranks]
     leaders = [r for r in results if "bit_exact" in r]

@@ -31,7 +31,16 @@ def test_values_and_gradients_match_the_dense_reference(ranks):
                 limit = GRADIENT_TOLERANCE[dtype] if "gradient" in name else 1e-4 if name.endswith("kl") else 2e-6
                 assert error <= limit, (rank, tensor_size, case, dtype, name, error)
                 checked += 1
-    assert checked == 4 * 3 * 5 * 2 * (2 * 5 * 4 + 3 * 2)
+    assert checked == 4 * 3 * 5 * 2 * (2 * 5 * 4 + 3 * 2 + 2 * 6 * 2 + 1)
+
+
+def test_a_loss_of_several_hidden_states_matches_the_dense_reference(ranks):
+    for rank, result in enumerate(ranks):
+        assert list(result["head"]) == [1, 2, 4]
+        for tensor_size, errors in result["head"].items():
+            assert len(errors) == 4
+            for name, error in errors.items():
+                assert error < 1e-5, (rank, tensor_size, name, error)
 
 
 def test_every_rank_of_a_group_gets_bitwise_the_same_values(ranks):

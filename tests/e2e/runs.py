@@ -7,14 +7,25 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import reasoning_gym
 import yaml
+from pyarrow import parquet
+from transformers import PreTrainedModel
 
 from examples.countdown_cpu.make_model import make_model, make_tokenizer
+from megatron_reheat.cli import main
+from megatron_reheat.config import DataConfig, load_config
+from megatron_reheat.data.sources import read_records
+from tests.e2e.policies import imitate
+from tests.forks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 400.0  # for what takes half a minute on two idle cores: it only ends a run that hangs
@@ -43,13 +54,38 @@ EVERY_STAGE = {
     "max_reheat_steps": 2,
     "cooldown_steps": 50,
 }
+# makes of a message what COUNTDOWN's raw template makes of its fields
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
 STAGES = ["rlvr", "rlvr", "reheat", "reheat", "reheat", "rlvr", "rlvr"]  # of the 7 steps after the warm start
 
 
 def make_model_folder(folder: Path, seed: int = 0) -> Path:
-    make_model(seed, layers=2, width=32).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    return _save(make_model(seed, layers=2, width=32), folder)
+
+
+def make_policy_folder(folder: Path) -> Path:
+    """A policy that solves some of the problems, so that RL has a gradient."""
+    return _save(_trained_model(), folder)
+
+
+def _save(model: PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
     return folder
+
+
+@cache
+def _trained_model() -> PreTrainedModel:
+    problems = reasoning_gym.create_dataset("countdown", size=2000, seed=3, **COUNTDOWN["options"])
+    examples = []
+    for metadata in (problem["metadata"] for problem in problems):
+        numbers, expression = ",".join(map(str, metadata["numbers"])), metadata["expression"]
+        examples.append((f"{metadata['target']}|{numbers}=", expression))
+    model = make_model(0, layers=2, width=32)
+    imitate(model, make_tokenizer(), examples, steps=120)
+    return model
 
 
 def recipe(model: Path, root: Path) -> dict[str, Any]:
@@ -59,10 +95,10 @@ def recipe(model: Path, root: Path) -> dict[str, Any]:
         "data": {**COUNTDOWN, "size": 60, "seed": 1, "solution_template": "{expression}"},
         "reward": {"kind": "reasoning_gym", "workers": 1, "timeout_s": 20},
         "rollout": {"max_tokens": 8, "enforce_eager": True, "kv_cache_mb": 32, "threads": 1, "timeout_s": 120},
-        "sft": {"steps": 6, "batch_size": 16, "warmup_steps": 2, "log_every": 2},
-        "rl": {"prompts_per_step": 6, "group_size": 4, "dynamic_sampling": False},
-        "optimizer": {"lr": 1e-3, "warmup_steps": 1},
-        "reheat": {"lr": 1e-3, "prompts_per_step": 12, "max_tokens": 8},
+        "sft": {"steps": 6, "batch_size": 16, "lr": 5e-4, "warmup_steps": 2, "log_every": 2},
+        "rl": {"prompts_per_step": 6, "group_size": 4, "minibatch_prompts": 3, "dynamic_sampling": False},
+        "optimizer": {"lr": 3e-4, "warmup_steps": 1},
+        "reheat": {"lr": 3e-4, "prompts_per_step": 12, "max_tokens": 8},
         "controller": EVERY_STAGE,
         "checkpoint": {"every": 1, "keep": 3},
         "eval": {"data": {**COUNTDOWN, "size": 10, "seed": 2}, "num_samples": 2, "top_p": 1.0, "max_tokens": 8},
@@ -70,9 +106,61 @@ def recipe(model: Path, root: Path) -> dict[str, Any]:
     }
 
 
+def conversational(tree: dict[str, Any], folder: Path, copies: int = 1) -> dict[str, Any]:
+    """The same problems as messages in Parquet files of verl's schema, with the task's metadata beside them. A file holds
+    `copies` of the training problems and two of the others; duplicates are left out."""
+    keys = {
+        "template": "chat", "prompt_key": "prompt", "answer_key": "reward_model.ground_truth",
+        "solution_template": "{reward_model.ground_truth}", "max_prompt_tokens": 12, "on_long_prompt": "skip",
+        "options": {"cache_dir": str(folder / "cache")},
+    }  # fmt: skip
+    train = {**keys, "path": str(folder / "train.parquet"), "deduplicate": copies > 1}
+    held_out = {**keys, "path": [str(folder / "eval.parquet")], "deduplicate": True}
+    for path, section, count in (
+        (train["path"], tree["data"], copies),
+        (held_out["path"][0], tree["eval"]["data"], 2),
+    ):
+        records = [_conversation(entry) for entry in read_records(DataConfig(**section))]
+        parquet.write_table(pyarrow.Table.from_pylist(records * count), path)
+    return {**tree, "data": train, "eval": {**tree["eval"], "data": held_out}}
+
+
+def _conversation(entry: dict[str, Any]) -> dict[str, Any]:
+    metadata = entry["metadata"]
+    text = f"{metadata['target']}|{','.join(map(str, metadata['numbers']))}"
+    return {
+        "data_source": "countdown",
+        "prompt": [{"role": "user", "content": text}],
+        "ability": "MATH",
+        "reward_model": {"ground_truth": metadata["expression"], "style": "rule"},
+        "extra_info": {"index": str(metadata["source_index"])},
+        **entry,
+    }
+
+
 def write_recipe(tree: dict[str, Any], path: Path) -> Path:
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def train(recipe: Path, *overrides: str) -> str:
+    """`reheat train RECIPE OVERRIDES` on ranks that are forks, which saves each of them its imports; fails when it does.
+
+    For what does not depend on how ranks are started; `reheat` and `torchrun` start them as users do. Returns what the first
+    rank printed.
+    """
+    config = load_config(recipe, overrides)
+    ranks = config.parallel.tensor * config.parallel.pipeline * config.data_parallel()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["train", str(recipe), *overrides]
+        run_ranks(_rank, arguments, world_size=ranks, logs=Path(folder), timeout_s=2 * LIMIT_S)
+        return (Path(folder) / "log-0.txt").read_text()
+
+
+def _rank(arguments: list[str]) -> None:
+    os.chdir(ROOT)
+    if status := main(arguments):
+        sys.exit(status)
 
 
 def reheat(*arguments: str, timeout_s: float = LIMIT_S, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -92,24 +180,30 @@ def _finish(
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return _finish(start_torchrun(*arguments), arguments, LIMIT_S)
+
+
+def start_torchrun(*arguments: str) -> subprocess.Popen[str]:
     """`torchrun --nproc_per_node 2 -m megatron_reheat ARGUMENTS`"""
     launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "megatron_reheat")
-    return _finish(_start(*launcher, *arguments), arguments, LIMIT_S)
+    return start_python("-m", *launcher, *arguments)
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    return _start("megatron_reheat", *arguments, **environment)
+    return start_python("-m", "megatron_reheat", *arguments, **environment)
 
 
-def _start(module: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+def start_python(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
+        [sys.executable, *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # as in a terminal, even where pytest itself was started to ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

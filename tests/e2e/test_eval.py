@@ -27,19 +27,22 @@ MATH = [
 ]
 MATH_CORRECT = [True, True, False, False]
 GYM_CORRECT = [True, False, True]
+END = 2  # named by generation_config.json alone
 SPLIT = Regex(r"\w+|\W")
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """One token for each word and for each other character of `texts`."""
+    """One token for each word and for each other character of `texts`; answers end with <end>, which is not the eos token."""
     splitter = pre_tokenizers.Split(SPLIT, behavior="isolated")
     pieces = sorted({piece for text in texts for piece, _ in splitter.pre_tokenize_str(text)})
     tokenizer = Tokenizer(
-        models.WordLevel({p: i for i, p in enumerate(["<pad>", "<eos>", *pieces])}, unk_token="<pad>")
+        models.WordLevel({p: i for i, p in enumerate(["<pad>", "<eos>", "<end>", *pieces])}, unk_token="<pad>")
     )
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", extra_special_tokens=["<end>"]
+    )
 
 
 def learn_by_heart(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> Qwen3ForCausalLM:
@@ -55,9 +58,10 @@ def learn_by_heart(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, st
     width = max(len(p) + len(a) + 1 for p, a in zip(prompts, answers, strict=True))
     inputs, labels = torch.zeros(len(pairs), width, dtype=torch.long), torch.full((len(pairs), width), -100)
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        sequence = torch.tensor([*prompt, *answer, 1])
+        sequence = torch.tensor([*prompt, *answer, END])
         inputs[i, : len(sequence)] = sequence
         labels[i, len(prompt) : len(sequence)] = sequence[len(prompt) :]
+    model.generation_config.eos_token_id = END
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(400):
         logits = model(input_ids=inputs).logits[:, :-1]

@@ -218,8 +218,8 @@ def test_bad_prompts_are_named_and_change_nothing(tied, prompts, message):
     [
         ({"max_tokens": 0}, 1, "max_tokens=0"),
         ({}, 0, "n=0"),
-        ({"temperature": -1.0}, 1, "temperature -1.0 is outside"),
-        ({"temperature": 2.5}, 1, "temperature 2.5 is outside"),
+        ({"temperature": -1.0}, 1, "temperature -1.0: vLLM samples at temperatures from 0.01 to 2"),
+        ({"temperature": 2.5}, 1, "temperature 2.5: vLLM samples at temperatures from 0.01 to 2"),
         ({"top_p": 0.0}, 1, r"top_p 0.0 must be in \(0, 1\]"),
         ({"temperature": 0.0}, 2, "use n=1"),
         ({"stop_token_ids": (VOCAB,)}, 1, f"stop token {VOCAB}"),

@@ -93,7 +93,7 @@ esac
 
 # is told of the servers, uses them until the notice and after it, and fails when it was started again
 TRAINER = """
-import os, signal, sys, time, urllib.request
+import os, signal, sys, time, urllib.error, urllib.request
 from pathlib import Path
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 from megatron_reheat.config import load_config
@@ -112,6 +112,15 @@ if "SLURM_RESTART_COUNT" in os.environ:
     sys.exit(3)
 while not are_healthy():
     time.sleep(0.2)
+def answer(server, **headers):
+    try:
+        request = urllib.request.Request(server + "/pause", headers=headers, method="POST")
+        return urllib.request.urlopen(request, timeout=60).status
+    except urllib.error.HTTPError as error:
+        return error.code
+right = {"Authorization": "Bearer " + os.environ["REHEAT_SERVER_TOKEN"]}
+answers = {(answer(server), answer(server, Authorization="Bearer x"), answer(server, **right)) for server in servers}
+assert answers == {(401, 401, 200)}, answers
 print("healthy:", *servers, flush=True)
 signal.sigwait({signal.SIGUSR1})
 time.sleep(1)
@@ -219,6 +228,11 @@ def test_servers_on_nodes_of_their_own_live_as_long_as_the_trainer(
     finally:
         end_job(tmp_path)
         end(servers)
+    # the job's token, which the trainer has used, is in neither the script nor a log
+    written = [
+        path for path in [*tmp_path.rglob("*.log"), *tmp_path.rglob("*.sbatch"), tmp_path / "script"] if path.is_file()
+    ]
+    assert len(written) >= 5 and not any(re.search("[0-9a-f]{48}", path.read_text()) for path in written)
     statuses = re.findall(r"ended with status (\d+)", text_of(tmp_path / "job.log"))
     assert statuses == [str(REQUEUE_EXIT_CODE), "3"]
     assert (tmp_path / "requeued").read_text() == f"{job}\n"

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
 import pytest
 
+from examples.countdown_cpu.make_model import make_tokenizer
 from tests.e2e import runs
 
 KEEP_BEST = "checkpoint.keep_best=eval/avg_at_k"
+STOP = "*"  # ends a response because generation_config.json alone says so
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("train")
-    runs.make_model_folder(root / "model")
+    model = runs.make_policy_folder(root / "model")
+    stops = [1, *make_tokenizer().convert_tokens_to_ids([STOP])]
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
     return root
 
 
 @pytest.fixture(scope="module")
 def whole(root):
     """One uninterrupted run through every stage; the others are compared with it."""
-    config = runs.write_recipe(runs.recipe(root / "model", root), root / "whole.yaml")
+    recipe = runs.conversational(runs.recipe(root / "model", root), root)
+    config = runs.write_recipe(recipe, root / "whole.yaml")
     result = runs.reheat("train", str(config), "run.name=whole", KEEP_BEST)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     return config, root / "whole", result
@@ -41,6 +47,11 @@ def test_every_stage_runs_and_is_on_record(whole):
         assert s["rollout/mismatch_kl"] < 1e-6
         assert 0 < s["entropy/mean"] < math.log(22)
     assert all(s["reheat/kl"] > 0 for s in trained if s["stage"] == "reheat")
+    rl = [s for s in trained if s["stage"] == "rlvr"]
+    assert all(0 < s["reward/accuracy"] < 1 and s["optimizer/grad_norm"] > 0 for s in rl)
+    assert all(
+        s["policy/kl_to_old"] > 0 for s in rl
+    )  # the second minibatch is trained on by another policy than sampled it
     events = [s["event"] for s in trained if "event" in s]
     assert len(events) == 2 and "entering reheat round 1" in events[0] and "reheating steps done" in events[1]
     evaluated = [s["step"] for s in steps if "eval/pass_at_k" in s]
@@ -48,11 +59,33 @@ def test_every_stage_runs_and_is_on_record(whole):
     assert all(s["eval/pass_at_k"] >= s["eval/avg_at_k"] >= 0 for s in steps if "eval/pass_at_k" in s)
 
 
+def test_responses_end_at_the_stop_tokens_of_generation_config(whole):
+    files = sorted((whole[1] / "rollouts").glob("*.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert {row["step"] for row in rows} == set(range(7, 14))
+    # the products that the policy was taught end before their sign, which as a stop token is not a part of the text
+    assert not any(STOP in row["response"] for row in rows)
+    stopped = [row for row in rows if re.fullmatch(r"\d\s*", row["response"])]
+    assert len(stopped) > 3
+    assert {row["finish_reason"] for row in stopped} == {"stop"} and max(row["num_tokens"] for row in stopped) < 8
+
+
+def test_prompts_are_messages_in_the_chat_template(whole):
+    _, folder, result = whole
+    prompts = [
+        json.loads(line)["prompt"] for line in (folder / "rollouts" / "step-000007.jsonl").read_text().splitlines()
+    ]
+    assert prompts and all(re.fullmatch(r"\d+\|\d,\d=", prompt) for prompt in prompts)
+    assert "data: 60 prompts of 60 records; 8 are duplicates (data.deduplicate=true leaves them out)" in result.stdout
+    assert re.search(r"eval\.data: \d prompts of 20 records; 1\d duplicates left out", result.stdout)
+
+
 def test_reheating_raises_and_sft_lowers_what_they_should(whole):
     steps = runs.steps_of(whole[1])
     losses = [s["sft/loss"] for s in steps if "sft/loss" in s]
     assert losses[-1] < losses[0]
-    before, after = (s["entropy/mean"] for s in steps if s["stage"] == "reheat" and s["step"] in (9, 11))
+    # evaluations draw from the same streams each time, and at both borders of the reheating
+    before, after = (s["eval/entropy"] for s in steps if s["step"] in (8, 11))
     assert after > before
 
 
@@ -67,6 +100,7 @@ def test_run_folder_is_complete_and_the_terminal_is_readable(whole):
     lines = result.stdout.splitlines()
     assert sum(bool(re.match(r"(rlvr|reheat)\s+\d+/13", line)) for line in lines) == 7
     assert any("ready" in line and "first weight sync" in line for line in lines)
+    assert any("references: 0 of" in line for line in lines)
     assert "\x1b[" not in result.stdout and "Traceback" not in result.stderr
 
 
@@ -80,8 +114,7 @@ def test_a_report_is_drawn_from_it(whole):
 def test_nothing_is_done_twice_when_a_finished_run_is_started_again(whole):
     config, folder, _ = whole
     before = runs.steps_of(folder)
-    result = runs.reheat("train", str(config), "run.name=whole", KEEP_BEST)
-    assert result.returncode == 0 and "nothing to do" in result.stdout
+    assert "nothing to do" in runs.train(config, "run.name=whole", KEEP_BEST)
     assert runs.steps_of(folder) == before
 
 
@@ -94,8 +127,7 @@ def test_killed_in_the_middle_of_reheating_it_resumes_bit_exactly(whole):
     finally:
         runs.kill(process)
     done = len(runs.steps_of(killed))
-    resumed = runs.reheat("train", str(config), "run.name=killed", KEEP_BEST)
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    runs.train(config, "run.name=killed", KEEP_BEST)
     expected, actual = runs.steps_of(folder), runs.steps_of(killed)
     assert done < len(expected)
     assert [runs.numbers_of(s) for s in actual] == [runs.numbers_of(s) for s in expected]
@@ -106,9 +138,7 @@ def test_killed_in_the_middle_of_reheating_it_resumes_bit_exactly(whole):
 def trunk(whole):
     """The same run, told to stop at its collapse."""
     config, folder, _ = whole
-    result = runs.reheat("train", str(config), "run.name=trunk", "controller.action=stop")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "collapsed, stopping" in result.stdout
+    assert "collapsed, stopping" in runs.train(config, "run.name=trunk", "controller.action=stop")
     return folder.parent / "trunk"
 
 
@@ -118,8 +148,7 @@ def arm(whole, trunk):
     config, folder, _ = whole
     # any rise of the entropy counts as a jump, so the first reheating step's update is taken back by the second
     jumpy = ["controller.runaway_jump=1e-12", "reheat.lr=1e-2", "run.steps=4"]
-    result = runs.reheat("train", str(config), "run.name=arm", f"run.fork_from={trunk}", *jumpy)
-    assert result.returncode == 0, result.stderr[-3000:]
+    runs.train(config, "run.name=arm", f"run.fork_from={trunk}", *jumpy)
     return runs.steps_of(folder.parent / "arm")
 
 

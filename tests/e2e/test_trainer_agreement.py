@@ -29,14 +29,17 @@ def test_greedy_tokens_and_logprobs_equal_the_trainers(tmp_path, world_size, lay
 def test_other_layouts_train_the_same_policy(tmp_path, layout):
     """An engine on each rank samples from the weights a TP=2 or PP=2 trainer exports; all agree on every sampled token."""
     config = runs.write_recipe(
-        runs.recipe(runs.make_model_folder(tmp_path / "model"), tmp_path), tmp_path / "recipe.yaml"
+        runs.recipe(runs.make_policy_folder(tmp_path / "model"), tmp_path), tmp_path / "recipe.yaml"
     )
     other = ["parallel.data=1", f"parallel.{layout}=2", f"run.name={layout}", "run.steps=3", "eval.data="]
     other += ["rollout.mode=colocated", "rollout.verify_every=1"]
-    launcher = runs.torchrun if layout == "tensor" else runs.reheat  # both ways of starting it
-    result = launcher("train", str(config), *other)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "2 engine(s)" in result.stdout
+    if layout == "tensor":  # under a torchrun of the user's
+        result = runs.torchrun("train", str(config), *other)
+        assert result.returncode == 0, result.stderr[-3000:]
+        output = result.stdout
+    else:
+        output = runs.train(config, *other)
+    assert "2 engine(s)" in output
     steps = [s for s in runs.steps_of(tmp_path / layout) if s["stage"] != "sft"]
     assert [s["stage"] for s in steps] == runs.STAGES[:3]
     assert all(s["rollout/mismatch_abs_max"] <= 1e-3 for s in steps)

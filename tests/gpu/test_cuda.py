@@ -10,6 +10,7 @@ from megatron_reheat.config import RolloutConfig
 from megatron_reheat.losses import fused_tempered_kl, tempered_kl, vocab_logprobs
 from megatron_reheat.model.backend import choose_backend
 from megatron_reheat.parallel import cpu
+from megatron_reheat.parallel.vocab import VocabLogits
 from megatron_reheat.ports import free_port
 from megatron_reheat.rollout.embedded import EmbeddedEngine
 from megatron_reheat.rollout.server.fleet import ServerFleet
@@ -17,7 +18,7 @@ from megatron_reheat.rollout.server.process import ServerProcess, transfer_backe
 from megatron_reheat.rollout.server.servers import Servers
 from megatron_reheat.rollout.server.weights import ServerWeights
 from megatron_reheat.types import SamplingParams
-from tests.reference import LOGIT_CASES, dense_kl, dense_logprobs, make_logits, relative_error
+from tests.reference import LOGIT_CASES, dense_divergence, dense_kl, dense_logprobs, make_logits, relative_error
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -35,6 +36,23 @@ def test_tempered_kl_on_the_device_matches_the_dense_reference(case, direction, 
     (result.kl * weights).sum().backward()
     assert relative_error(result.entropy, expected.entropy) < 1e-5
     assert relative_error(result.kl, expected.kl) < 1e-4
+    assert relative_error(logits.grad, expected.gradient) < (1e-5 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("distance", [1e-2, 0.3, 10.0])
+@pytest.mark.parametrize("measure", ["forward", "reverse", "js"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_divergences_on_the_device_match_the_dense_reference(distance, measure, dtype):
+    others = torch.cat([make_logits(case, 2, 151_936) for case in ("gaussian", "sharp", "one_hot")]).to("cuda", dtype)
+    noise = torch.randn(6, 151_936, generator=torch.Generator().manual_seed(1)).cuda()
+    logits = (others.float() + distance * noise).to(dtype).requires_grad_()
+    expected = dense_divergence(logits, others, measure, 1.3, torch.ones(6, device="cuda"))
+    own, other = VocabLogits(logits, 151_936), VocabLogits(others, 151_936)
+    value = (
+        own.js_to(other, temperature=1.3) if measure == "js" else own.kl_to(other, direction=measure, temperature=1.3)
+    )
+    value.sum().backward()
+    assert relative_error(value * 1e4, expected.value * 1e4) < 1e-5  # relative also where it is 1e-6 nats
     assert relative_error(logits.grad, expected.gradient) < (1e-5 if dtype == torch.float32 else 4e-3)
 
 
@@ -129,7 +147,9 @@ def test_weights_reach_a_server_over_nccl(policy, tmp_path):
 
     def start() -> ServerProcess:
         log_file = tmp_path / "server.log"
-        return ServerProcess(str(folder), hf, ROLLOUT, dtype="float32", seed=0, port=port, log_file=log_file, gpus=(1,))
+        return ServerProcess(
+            str(folder), hf, ROLLOUT, dtype="float32", seed=0, port=port, log_file=log_file, token=None, gpus=(1,)
+        )
 
     url = f"http://127.0.0.1:{port}"
     servers = Servers([url], {url: start}, ROLLOUT, hf, transfer_backend(on_cpu=False))

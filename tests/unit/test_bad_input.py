@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_reheat.config import Config, load_config
 from megatron_reheat.data.prompts import PromptCursor
 from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.stages.run import RunState, read_inputs
+from megatron_reheat.stages.run_state import read_run_state
 from tests.e2e import runs
 
 
@@ -152,6 +154,9 @@ def test_damaged_tokenizer(recipe, model):
 
 def test_tokenizer_larger_than_the_models_vocabulary(recipe, model):
     edit_json(model / "config.json", vocab_size=20)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:20].clone()
+    save_file(tensors, model / "model.safetensors")
     message = refused(recipe)
     assert "token ' ' the id 21, but the model's vocabulary ends at 19; use the tokenizer the model was" in message
 
@@ -160,7 +165,7 @@ def test_tokenizer_larger_than_the_models_vocabulary(recipe, model):
     ("overrides", "message"),
     [
         (["rollout.max_tokens=53"], "data.max_prompt_tokens + rollout.max_tokens = 65 tokens exceeds the model's context"),
-        (["reheat.max_tokens=60"], "data.max_prompt_tokens + reheat.max_tokens = 72 tokens exceeds the model's context"),
+        (["reheat.max_tokens=60"], "reheat.max_tokens 60 exceeds rollout.max_tokens 8"),
         (["eval.max_tokens=60"], "eval.data.max_prompt_tokens + eval.max_tokens = 72 tokens exceeds the model's context"),
         (["eval.data.max_prompt_tokens=60"], "eval.data.max_prompt_tokens + eval.max_tokens = 68 tokens exceeds the"),
         (["rollout.max_model_len=80"], "rollout.max_model_len 80 exceeds the model's context of 64 tokens"),
@@ -174,6 +179,7 @@ def test_sequences_longer_than_the_context(recipe, overrides, message):
 def test_no_token_ends_a_response(recipe, model):
     edit_json(model / "config.json", eos_token_id=None)
     edit_json(model / "tokenizer_config.json", eos_token=None)
+    edit_json(model / "generation_config.json", eos_token_id=None)
     assert "neither tokenizer nor config.json names an eos token" in refused(recipe)
 
 
@@ -201,6 +207,36 @@ def test_evaluation_on_training_data(recipe):
     assert "evaluation prompts are in the training data too" in refused(recipe, "eval.data.seed=1", "eval.data.size=60")
 
 
+def test_errors_of_evaluation_data_name_its_section(recipe, tmp_path):
+    held_out = tmp_path / "held.jsonl"
+    held_out.write_text('{"question": "1"}\n')
+    recipe["eval"] = {"data": {"path": str(held_out), "raw_template": "{ask}"}}
+    recipe["parallel"]["microbatch_tokens"] = 16384
+    message = refused(recipe, "eval.max_tokens=8", "eval.data.max_prompt_tokens=12")
+    assert message == (
+        f"eval.data.raw_template names 'ask', which record 0 of {held_out} (line 1) lacks; available: question"
+    )
+
+
+def test_worked_answers_longer_than_a_microbatch_or_the_context(recipe, tmp_path):
+    recipe["data"] = {"path": str(tmp_path / "a.jsonl"), "raw_template": "{q}", "solution_template": "{a}"}
+    recipe["data"]["max_prompt_tokens"] = 12
+    recipe["reward"], recipe["eval"] = {"kind": "math"}, {}
+    records = [{"q": "1", "a": "1", "answer": "1"}, {"q": "1", "a": "1" * 30, "answer": "1"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert len(read(recipe).prompts) == 2
+    message = refused(recipe, "parallel.microbatch_tokens=31", "data.answer_key=answer")
+    place = f"of record 1 of {tmp_path / 'a.jsonl'} (line 2)"
+    assert message == (
+        f"prompt and worked answer (data.solution_template) {place} have 32 tokens, above parallel.microbatch_tokens 31; "
+        "raise that or leave the record out"
+    )
+    assert len(read(recipe, "parallel.microbatch_tokens=31", "sft.steps=0").prompts) == 2
+    records[1]["a"] = "1" * 70
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert "have 72 tokens, above the model's context (max_position_embeddings) of 64; raise" in refused(recipe)
+
+
 # -- starting from another run ---------------------------------------------------------------------------------------
 
 
@@ -208,9 +244,13 @@ def saved_run(recipe: dict[str, Any], folder: Path, *overrides: str) -> Path:
     """What `read_inputs` sees of a finished run: its stages' state, with the place in the data."""
     config = configured(recipe, *overrides)
     cursor = PromptCursor(read_inputs(config).prompts, seed=config.run.seed, shuffle=config.data.shuffle)
+    return write_state(folder, cursor=cursor.state())
+
+
+def write_state(folder: Path, **state: Any) -> Path:
     checkpoint = folder / "checkpoints" / "step-4"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text(json.dumps(asdict(RunState(step=4, cursor=cursor.state()))))
+    (checkpoint / "state.json").write_text(json.dumps(asdict(RunState(step=4, **state))))
     return folder
 
 
@@ -219,6 +259,30 @@ def test_fork_from_nothing(recipe, tmp_path):
     assert message.startswith(f"run.fork_from: {tmp_path / 'trunk'} does not exist; name the folder of a run")
     (tmp_path / "trunk" / "checkpoints").mkdir(parents=True)
     assert "trunk has no complete checkpoint under checkpoints/" in refused(recipe, f"run.fork_from={tmp_path}/trunk")
+
+
+def test_a_template_that_prints_the_date_goes_on_with_that_of_the_first_start(recipe, model, tmp_path):
+    """The prompts of a later day would be other ones, and the checkpoint's place in the data would not fit them."""
+    template = "{{ strftime_now('%d%m') }}|{% for m in messages %}{{ m.content }}={% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    recipe["data"] |= {"template": "chat", "prompt_key": "metadata.target", "raw_template": "", "source": "files"}
+    entries = [{"metadata": {"source_dataset": "countdown", "target": str(n), "expression": "1"}} for n in range(5)]
+    recipe["data"] |= {"path": str(tmp_path / "a.jsonl"), "options": None}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    config = configured(recipe, "eval.data=")
+    first = read_inputs(config, date(2024, 12, 31))
+    assert first.prompts[3].text == "3112|3="
+    cursor = PromptCursor(first.prompts, seed=config.run.seed, shuffle=config.data.shuffle)
+    write_state(tmp_path / "run", cursor=cursor.state(), date=first.today.isoformat())
+    later = read_inputs(config, date(2025, 1, 1))
+    assert (later.today, later.prompts.fingerprint) == (first.today, first.prompts.fingerprint)
+    assert later.prompts == first.prompts
+    # a run that forks from it shares its prompts; one that starts anew has its own day's
+    arm = configured(recipe, "eval.data=", "run.name=arm", f"run.fork_from={tmp_path / 'run'}")
+    assert read_inputs(arm, date(2025, 1, 1)).prompts == first.prompts
+    new = read_inputs(configured(recipe, "eval.data=", "run.name=new"), date(2025, 1, 1))
+    assert new.prompts[3].text == "0101|3=" and new.prompts.fingerprint != first.prompts.fingerprint
+    assert new.describe()[1] == "the chat template prints the date, 2025-01-01 in all prompts of this run"
 
 
 @pytest.mark.parametrize(
@@ -238,7 +302,64 @@ def test_checkpoint_with_a_damaged_state(recipe, tmp_path):
     state = trunk / "checkpoints" / "step-4" / "state.json"
     state.write_text(state.read_text()[:30])
     message = refused(recipe, f"run.fork_from={trunk}", kind=ReheatError)
-    assert message == f"{state} is missing or damaged; use an earlier checkpoint"
+    assert message == (
+        f"{state} is missing or damaged; no earlier checkpoint in {trunk / 'checkpoints'} is whole: "
+        "move that folder away to start the run anew"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop("step"), "state.json: it lacks the key step"),
+        (lambda s: s.update(momentum=1, depth=[]), "this version does not know the keys momentum, depth"),
+        (lambda s: s["controller"].update(phase="cold"), "this version does not know the key controller.phase"),
+        (
+            lambda s: s["controller"].update(stage="sft"),
+            "controller.stage: Input should be 'rlvr' or 'reheat', got 'sft'",
+        ),
+        (lambda s: s.update(step="4"), "step: Input should be a valid integer, got '4'"),
+        (lambda s: s.update(controller=None), "controller: Input should be an object, got None"),
+        (lambda s: s.update(date="today"), "date 'today' is not a day"),
+    ],
+)
+def test_the_state_of_another_version_is_explained(recipe, tmp_path, change, words):
+    trunk = saved_run(recipe, tmp_path / "trunk")
+    path = trunk / "checkpoints" / "step-4" / "state.json"
+    state = json.loads(path.read_text())
+    change(state)
+    path.write_text(json.dumps(state))
+    message = refused(recipe, f"run.fork_from={trunk}", kind=ReheatError)
+    assert message.startswith(str(path)) and words in message and "\n" not in message
+    assert "; another version of megatron_reheat wrote it: go on with that version" in message
+
+
+def test_a_place_in_the_data_of_another_version_is_explained(recipe, tmp_path):
+    trunk = saved_run(recipe, tmp_path / "trunk")
+    path = trunk / "checkpoints" / "step-4" / "state.json"
+    whole = json.loads(path.read_text())
+    for change in (lambda c: c.pop("epoch"), lambda c: c.update(offset=3), lambda c: c.update(position=None)):
+        state = json.loads(json.dumps(whole))
+        change(state["cursor"])
+        path.write_text(json.dumps(state))
+        message = refused(recipe, f"run.fork_from={trunk}", kind=ReheatError)
+        assert f"{path}: its place in the data is" in message
+        assert (
+            "this version reads epoch, position, seed, shuffle, fingerprint; another version of megatron_reh" in message
+        )
+
+
+def test_what_an_earlier_version_did_not_keep_has_its_default(tmp_path):
+    checkpoint = tmp_path / "step-4"
+    checkpoint.mkdir()
+    (checkpoint / "state.json").write_text(
+        '{"step": 4, "controller": {"stage": "reheat"}, "best": {"eval/avg_at_k": 1}}'
+    )
+    assert read_run_state(checkpoint) == RunState(4, controller={"stage": "reheat"}, best={"eval/avg_at_k": 1.0})
+    for damaged in ("[]", "null", "{", "[" * 100_000, "\x00"):
+        (checkpoint / "state.json").write_text(damaged)
+        with pytest.raises(ReheatError, match=r"state.json is missing or damaged; no earlier checkpoint in"):
+            read_run_state(checkpoint)
 
 
 # -- the command line ------------------------------------------------------------------------------------------------
@@ -299,10 +420,10 @@ def test_an_error_of_every_rank_is_printed_once(recipe, model, tmp_path):
 
 @pytest.mark.slow
 def test_an_error_of_one_rank_ends_all_ranks(recipe, model, tmp_path):
-    """The second pipeline stage meets a tensor of the wrong shape while the first already waits for it in a collective."""
+    """The second pipeline stage meets a tensor that is not finite while the first already waits for it in a collective."""
     tensors = load_file(model / "model.safetensors")
-    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+    tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, model / "model.safetensors")
     path = runs.write_recipe(recipe, tmp_path / "recipe.yaml")
     result = runs.reheat("train", str(path), "parallel.data=1", "parallel.pipeline=2")
-    assert "model.norm.weight (31,) does not fit its config.json" in one_error(result)
+    assert "model.norm.weight holds NaN or infinite values" in one_error(result)

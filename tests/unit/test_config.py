@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from megatron_reheat.config import Config, dump_config, load_config, parse_config
 from megatron_reheat.errors import ConfigError, ReheatError
+from megatron_reheat.rollout.engine_options import engine_options
+from megatron_reheat.stages.outcome import derive_seed
 
 MINIMAL = "model: {hf_path: m}\ndata: {path: p.jsonl}\n"
 
@@ -91,7 +94,7 @@ def test_free_form_options_take_any_key() -> None:
 
 def test_all_problems_are_listed_at_once() -> None:
     assert refusal({"data": {"path": "p"}, "rl": {"grup_size": 4, "clip_low": -1}}) == (
-        "model: this key is required; rl.clip_low: Input should be greater than 0; "
+        "model: this key is required; rl.clip_low: Input should be greater than 0, got -1; "
         "rl.grup_size: unknown key; did you mean 'group_size'?"
     )
 
@@ -117,10 +120,177 @@ def test_a_section_must_be_a_mapping(value: Any) -> None:
         ("run", "steps", -1),
         ("checkpoint", "keep", 0),
         ("parallel", "tensor", 0),
+        ("rl", "clip_low", 1.0),
+        ("rl", "tis_cap", 0.5),  # would scale down what is exactly on-policy
+        ("rl", "group_size", 20_000),
+        ("rollout", "temperature", 0.001),  # vLLM samples at 0.01 instead
+        ("rollout", "temperature", 2.5),
+        ("controller", "rollout_temperature", 2.5),
+        ("controller", "rollout_temperature", 0.001),
+        ("eval", "temperature", 0.001),
+        ("eval", "temperature", -1.0),
+        ("eval", "temperature", 2.5),
+        ("eval", "num_samples", 20_000),
+        ("run", "seed", -1),
+        ("run", "seed", 2**32),
+        ("data", "seed", -1),
+        ("rollout", "timeout_s", 1e9),
+        ("reward", "timeout_s", 1e9),
+        ("run", "name", ""),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(section: str, key: str, value: Any) -> None:
-    assert refusal(recipe(**{section: {key: value}})).startswith(f"{section}.{key}: ")
+    tree = recipe()
+    tree[section] = {**tree.get(section, {}), key: value}
+    message = refusal(tree)
+    assert message.startswith(f"{section}.{key}: ") and repr(value) in message
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"run": {"seed": 2**32 - 1}, "data": {"path": "p", "seed": 2**32 - 1}},
+        {"rollout": {"temperature": 2.0}, "eval": {"temperature": 0.01}},
+        {"eval": {"temperature": 0, "num_samples": 1}},
+        {"rl": {"clip_low": 0.999, "tis_cap": 1.0}},
+    ],
+)
+def test_the_borders_of_those_ranges_are_allowed(sections: dict[str, Any]) -> None:
+    parse_config(recipe(**sections))
+
+
+def test_seeds_in_range_are_in_range_for_those_who_use_them() -> None:
+    """numpy's global generator is what vLLM seeds; a run hands on its own seed, and derives others from it."""
+    for seed in (0, 2**32 - 1):
+        np.random.RandomState(seed)
+        assert 0 <= derive_seed(seed, 10**6, 10**6) < 2**32
+    with pytest.raises(ValueError):
+        np.random.RandomState(2**32)
+
+
+# --- what is typed, and what the field makes of it
+
+
+def value_of(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    return value
+
+
+TYPED = [
+    ("run.name", "42", "42"),
+    ("run.name", "007", "007"),
+    ("run.name", "2024-02-30", "2024-02-30"),
+    ("run.name", "true", "true"),
+    ("run.name", "1e3", "1e3"),
+    ("run.name", "12:30", "12:30"),
+    ("run.name", "'42'", "42"),
+    ("data.prompt_key", "null", "null"),
+    ("data.raw_template", "{question}", "{question}"),
+    ("data.raw_template", "[question]", "[question]"),
+    ("data.system_prompt", "None", None),
+    ("data.system_prompt", "none", None),
+    ("data.system_prompt", "null", None),
+    ("data.system_prompt", "~", None),
+    ("data.system_prompt", "", None),
+    ("data.system_prompt", "'none'", "none"),
+    ("data.system_prompt", "nonesuch", "nonesuch"),
+    ("data.size", "None", None),
+    ("data.size", "2_000", 2000),
+    ("data.size", "1e3", 1000),
+    ("rl.dual_clip", "none", None),
+    ("rl.group_size", "010", 10),
+    ("rl.group_size", "8.0", 8),
+    ("optimizer.lr", "1e-6", 1e-6),
+    ("optimizer.lr", "1_0.5", 10.5),
+    ("rl.dynamic_sampling", "off", False),
+    ("rl.dynamic_sampling", "YES", True),
+    ("rl.dynamic_sampling", "0", False),
+    ("model.dtype", "bf16", "bfloat16"),
+    ("model.dtype", "FP32", "float32"),
+    ("model.dtype", "float", "float32"),
+    ("rollout.dtype", "torch.bfloat16", "bfloat16"),
+    ("model.recompute", "None", "none"),
+    ("controller.action", "none", "none"),
+    ("checkpoint.keep_best", "None", None),
+    ("eval.data", "null", None),
+    ("rollout.servers", "[]", ()),
+    ("data.options", "{min: 3, p: 1e-3, day: 2024-02-30, on: yes}", {"min": 3, "p": 1e-3, "day": "2024-02-30", "on": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "text", "value"), TYPED)
+def test_a_value_is_read_as_its_field_asks_for(tmp_path: Path, key: str, text: str, value: Any) -> None:
+    """In a file and behind `key=` alike; YAML would make a date, a number or text of most of them, whatever the field."""
+    path = write(tmp_path, "r.yaml", MINIMAL)
+    assert value_of(load_config(path, [f"{key}={text}"]), key) == value
+    *parents, leaf = key.split(".")
+    lines = [f"{'  ' * depth}{name}:" for depth, name in enumerate(parents)] + [f"{'  ' * len(parents)}{leaf}: {text}"]
+    required = {"model": "  hf_path: m", "data": "  path: p.jsonl"}
+    lines.insert(1, required.pop(parents[0], ""))
+    file = write(tmp_path, "f.yaml", "\n".join([*lines, *(f"{k}:\n{v}" for k, v in required.items())]))
+    assert value_of(load_config(file), key) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("Q: {question}\\nA:", "Q: {question}\\nA:"),
+        ("{a} and {b}", "{a} and {b}"),
+        ("ends in a space ", "ends in a space "),
+        ("a # b", "a # b"),
+        ("'a' or 'b'", "'a' or 'b'"),
+        ("x=y", "x=y"),
+    ],
+)
+def test_text_behind_a_key_needs_no_quotes(tmp_path: Path, text: str, value: str) -> None:
+    assert load_config(write(tmp_path, "r.yaml", MINIMAL), [f"data.raw_template={text}"]).data.raw_template == value
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rl.group_size=abc", ["valid integer", "got 'abc'"]),
+        ("rl.group_size=8.5", ["valid integer", "got '8.5'"]),
+        ("rl.group_size=true", ["valid integer", "got 'true'"]),
+        ("rl.group_size=", ["valid integer", "got ''"]),
+        ("optimizer.lr=inf", ["finite", "got 'inf'"]),
+        ("rl.dynamic_sampling=maybe", ["valid boolean", "got 'maybe'"]),
+        ("rl.aggregation=median", ["'token_mean' or 'sequence_mean'", "got 'median'"]),
+        ("model.dtype=fp16", ["'fp16' is not supported", "loss scaling", "bfloat16"]),
+        ("rollout.dtype=half", ["'half' is not supported"]),
+        ("model.dtype=fp64", ["got 'fp64'"]),
+        ("data.options=5", ["valid dictionary", "got '5'"]),
+        ("rollout.servers=[http://a:99999]", ["rollout.servers.0", "'http://a:99999' is not the URL of a server"]),
+    ],
+)
+def test_an_error_shows_what_was_given_and_where(tmp_path: Path, override: str, words: list[str]) -> None:
+    path = write(tmp_path, "r.yaml", MINIMAL)
+    message = load_refusal(path, override)
+    key, _, text = override.partition("=")
+    assert message.startswith(key) and message.endswith(" (on the command line)"), message
+    assert all(word in message for word in words), message
+    section, _, leaf = key.partition(".")
+    write(tmp_path, "base.yaml", f"{section}:\n  {leaf}: {text}\n")
+    leaf_file = write(
+        tmp_path, "leaf.yaml", "base: base.yaml\n" + ("" if section == "model" else "model: {hf_path: m}\n")
+    )
+    assert "(base.yaml, line 2)" in load_refusal(leaf_file), load_refusal(leaf_file)
+
+
+def test_an_error_names_the_file_that_had_the_last_word(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", MINIMAL + "rl: {group_size: 1}\nrun: {sed: 1}\n")
+    path = write(tmp_path, "leaf.yaml", "base: base.yaml\n\nrl:\n  group_size: x\n")
+    message = load_refusal(path)
+    assert "got 'x' (leaf.yaml, line 4)" in message
+    assert "run.sed: unknown key; did you mean 'seed'? (base.yaml, line 4)" in message
+
+
+def test_a_key_without_its_section_is_led_home(tmp_path: Path) -> None:
+    path = write(tmp_path, "r.yaml", MINIMAL)
+    assert load_refusal(path, "clip_low=0.1") == "clip_low: unknown key; did you mean rl.clip_low?"
+    assert "did you mean rl.group_size or reheat.group_size?" in load_refusal(path, "group_size=4")
 
 
 def test_yaml_exponents_without_a_dot_are_numbers(tmp_path: Path) -> None:
@@ -151,6 +321,45 @@ def test_lists_and_nulls_replace_what_the_base_says(tmp_path: Path) -> None:
     assert config.rl.dual_clip is None
 
 
+@pytest.mark.parametrize("key", ["options", "chat_template_kwargs"])
+def test_null_takes_back_what_a_base_passes_on(tmp_path: Path, key: str) -> None:
+    base = f"model: {{hf_path: m}}\ndata: {{source: datasets, name: a, {key}: {{name: en, deep: {{x: 1}}}}}}\n"
+    base += f"eval: {{data: {{path: p, {key}: {{name: en}}}}}}\n"
+    path = write(tmp_path, "base.yaml", base)
+    cleared = write(tmp_path, "cleared.yaml", f"base: base.yaml\ndata: {{{key}: null}}\neval: {{data: {{{key}: }}}}\n")
+    config = load_config(cleared)
+    assert config.eval.data is not None
+    assert getattr(config.data, key) == getattr(config.eval.data, key) == {}
+    assert config.data.name == "a" and config.eval.data.path == "p"
+    # what comes later may put something else in its place
+    write(tmp_path, "leaf.yaml", f"base: cleared.yaml\ndata: {{{key}: {{b: 2}}}}\n")
+    assert getattr(load_config(tmp_path / "leaf.yaml").data, key) == {"b": 2}
+    assert getattr(load_config(path, [f"data.{key}={{b: 2}}"]).data, key) == {"b": 2}
+    for text in ("null", "", "{}", "~"):
+        assert getattr(load_config(path, [f"data.{key}={text}"]).data, key) == {}
+    # inside, a null is a value like any other
+    write(tmp_path, "inner.yaml", f"base: base.yaml\ndata: {{{key}: {{deep: null}}}}\n")
+    assert getattr(load_config(tmp_path / "inner.yaml").data, key) == {"name": "en", "deep": None}
+    assert "data.options: Input should be a valid dictionary" in load_refusal(path, "data.options=3")
+
+
+def test_an_evaluation_can_be_taken_back(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", MINIMAL + "eval: {data: {path: h}}\n")
+    assert load_config(write(tmp_path, "leaf.yaml", "base: base.yaml\neval: {data: null}\n")).eval.data is None
+
+
+def test_a_list_of_files_survives_a_round_trip(tmp_path: Path) -> None:
+    path = write(tmp_path, "r.yaml", "model: {hf_path: m}\ndata: {path: [a.jsonl, b.parquet]}\n")
+    config = load_config(path)
+    assert config.data.path == ("a.jsonl", "b.parquet")
+    assert load_config(write(tmp_path, "dump.yaml", dump_config(config))) == config
+    assert load_config(path, ["data.path=[c.csv]"]).data.path == ("c.csv",)
+    assert load_config(path, ["data.path=c.csv"]).data.path == "c.csv"
+    assert load_refusal(path, "data.path=[]").startswith(
+        "data.path: must be a file, a folder or a list of files, not []"
+    )
+
+
 def test_a_loop_of_bases_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "a.yaml", "base: b.yaml\n")
     path = write(tmp_path, "b.yaml", "base: a.yaml\n")
@@ -177,6 +386,14 @@ def test_missing_files_are_named_with_whoever_asked_for_them(tmp_path: Path) -> 
         ("- a\n- b\n", "must hold a mapping of sections, not a list"),
         ("base: [a.yaml]\n", "base must be the path of one recipe, not ['a.yaml']"),
         ("", "model: this key is required; data: this key is required"),
+        ("rl: {group_size: 2}\nrun: {}\nrl: {clip_low: 0.1}\n", "line 3: rl is given a second time, first in line 1"),
+        ("rl:\n  group_size: 2\n  group_size: 4\n", "line 3: rl.group_size is given a second time"),
+        ("data:\n  raw_template: Q: {question}\n", "line 2, column 18: mapping values are not allowed here"),
+        ("rl: !ruby {a: 1}\n", "line 1: the tag !ruby has no meaning here"),
+        ("rollout:\n  servers: &a\n  - *a\n", "line 2, column 12: found unconstructable recursive node"),
+        ("run: " + "[" * 400 + "]" * 400, "nested too deeply"),
+        ("run: {name: 2024-02-30\n", "is not valid YAML"),
+        ("? [a]\n: 1\n", "line 1: a key must be a word"),
     ],
 )
 def test_files_that_are_no_recipes_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -199,6 +416,15 @@ def test_overrides_win_and_the_last_one_counts(tmp_path: Path) -> None:
     assert (config.rl.group_size, config.rl.clip_low) == (16, 0.1)
     assert config.run.name == "x=y"
     assert config.rl.dual_clip is None
+
+
+def test_a_section_as_a_value_changes_what_it_names(tmp_path: Path) -> None:
+    path = write(tmp_path, "r.yaml", MINIMAL + "rl: {group_size: 4, clip_low: 0.1}\neval: {data: null}\n")
+    config = load_config(path, ["rl={clip_low: 0.3}", " run.steps = 7", "eval.data.path=held.jsonl"])
+    assert (config.rl.group_size, config.rl.clip_low, config.run.steps) == (4, 0.3, 7)
+    assert config.eval.data is not None
+    options = write(tmp_path, "o.yaml", MINIMAL + "eval: {data: {path: h, options: {a: 1}}}\n")
+    assert load_config(options, ["eval.data.options={b: 2}"]).eval.data.options == {"b": 2}
 
 
 def test_overrides_reach_sections_the_recipe_does_not_mention(tmp_path: Path) -> None:
@@ -247,8 +473,8 @@ def test_bad_overrides_are_refused(tmp_path: Path, override: str, message: str) 
             ["data.max_prompt_tokens 2048", "longest response 4096", "rollout.max_model_len 6143"],
         ),
         (
-            recipe(rollout={"max_model_len": 2560, "max_tokens": 512}, reheat={"max_tokens": 513}),
-            ["longest response 513", "rollout.max_model_len 2560"],
+            recipe(rollout={"max_tokens": 512}, reheat={"max_tokens": 513}),
+            ["reheat.max_tokens 513 exceeds rollout.max_tokens 512", "lower reheat.max_tokens"],
         ),
         (
             recipe(parallel={"microbatch_tokens": 6143}),
@@ -265,7 +491,13 @@ def test_bad_overrides_are_refused(tmp_path: Path, override: str, message: str) 
             ["rollout.servers", "'gpu-7:8300' is not the URL"],
         ),
         (recipe(rollout={"overlap": True}, rl={"tis_cap": 2.0}), ["rollout.overlap needs rollout.mode=server"]),
-        (recipe(rollout={"mode": "server", "overlap": True}), ["rollout.overlap", "set rl.tis_cap"]),
+        (
+            recipe(rollout={"mode": "server", "servers": ["http://a:1", "http://a:1"]}),
+            ["rollout.servers names a server twice"],
+        ),
+        (recipe(eval={"temperature": 0}), ["eval.temperature 0 is greedy", "eval.num_samples 8", "eval.num_samples=1"]),
+        (recipe(reward={"correct": -1.0}), ["reward.correct -1 must be above reward.incorrect 0"]),
+        (recipe(reward={"incorrect": 1.0}), ["reward.correct 1 must be above reward.incorrect 1"]),
         (recipe(rl={"overlong_buffer": 4097}), ["rl.overlong_buffer 4097 exceeds rollout.max_tokens 4096"]),
         (recipe(checkpoint={"keep_best": "eval/avg_at_k"}), ["checkpoint.keep_best needs eval.data"]),
         (recipe(checkpoint={"keep_best": "reward/mean"}), ["checkpoint.keep_best: ", "'eval/avg_at_k'"]),
@@ -297,9 +529,7 @@ def test_the_borders_of_those_checks_are_allowed(sections: dict[str, Any]) -> No
 
 
 def test_reheat_length_does_not_matter_when_the_controller_never_reheats() -> None:
-    rollout = {"max_model_len": 2560, "max_tokens": 512}
-    config = parse_config(recipe(rollout=rollout, controller={"action": "none"}))
-    assert config.reheat.max_tokens > 512
+    parse_config(recipe(rollout={"max_tokens": 512}, reheat={"max_tokens": 513}, controller={"action": "none"}))
 
 
 # --- layout against the number of processes
@@ -349,7 +579,7 @@ def test_a_dump_loads_back_to_the_same_config(tmp_path: Path) -> None:
             eval={"data": data, "top_p": 0.7},
             reheat={"lr": 1e-6},
             rl={"dual_clip": None},
-            run={"name": "no", "fork_from": "007"},
+            run={"name": "no", "fork_from": "None"},
         )
     )
     path = write(tmp_path, "dump.yaml", dump_config(config))
@@ -360,3 +590,11 @@ def test_a_dump_loads_back_to_the_same_config(tmp_path: Path) -> None:
 def test_the_run_folder_follows_the_name() -> None:
     assert parse_config(recipe(run={"name": "a"})).run.path == Path("runs/a")
     assert parse_config(recipe(run={"name": "a", "folder": "elsewhere"})).run.path == Path("elsewhere")
+
+
+def test_vllm_on_a_gpu_gets_room_for_a_token_of_every_sequence() -> None:
+    """vLLM refuses to start with `max_num_batched_tokens`, 2048 by default there, below `max_num_seqs`."""
+    for count, expected in ((2048, None), (4096, 4096)):
+        rollout = parse_config(recipe(rollout={"max_num_seqs": count})).rollout
+        options = engine_options(rollout, "m", dtype="bfloat16", seed=0, on_cpu=False)
+        assert options.get("max_num_batched_tokens") == expected

@@ -61,8 +61,14 @@ def test_step_cap_allows_exactly_max_reheat_steps_updates():
     assert verdicts == [Verdict.CONTINUE] * 4 + [Verdict.STEP_CAP]
 
 
-def test_an_uncollapsed_policy_is_refused():
-    assert drive(collapsed(), [0.3]) == [Verdict.NOT_COLLAPSED]
+def test_an_uncollapsed_policy_is_refused_and_spends_no_round():
+    controller = collapsed()
+    for _ in range(3):
+        assert drive(controller, [0.3]) == [Verdict.NOT_COLLAPSED]
+        assert (controller.state.stage, controller.state.round) == ("rlvr", 0)
+        # the next try comes after the cooldown all the same
+        assert drive(controller, [0.05] * 5) == [Verdict.CONTINUE] * 4 + [Verdict.ENTER_REHEAT]
+    assert controller.state.round == 1
 
 
 @pytest.mark.parametrize("entropy", [0.6, 0.25, math.nan, math.inf])

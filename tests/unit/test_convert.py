@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -17,9 +19,10 @@ from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.model.checkpoint import _digest
 from megatron_reheat.model.checkpoint_reader import CheckpointReader
 from megatron_reheat.model.convert import Reference, compare_with_transformers
-from megatron_reheat.model.hf_weights import HFReader
+from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.model_card import model_card
 from megatron_reheat.stages.convert import _engine_gap, from_hf, to_hf
+from tests.hostile_checkpoints import PAYLOADS, REASONS, tamper
 from tests.tiny_models import VOCAB_SIZE, save_tiny_model
 
 # torch's writer says that it works without a process group, which is the point
@@ -146,7 +149,10 @@ def edit_config(folder, target, **changes):
         ({"num_hidden_layers": 6}, "instead of 6 x "),
         ({"tie_word_embeddings": True}, "output_layer.weight in it, which that model does not have"),
         ({"vocab_size": PADDED + 1}, f"embedding.word_embeddings.weight is {PADDED} x 48 instead of {PADDED + 1} x 48"),
-        ({"model_type": "qwen3", "head_dim": HEAD_DIM}, "no model.layers.0.self_attn.k_norm.weight in it"),
+        (
+            {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": HEAD_DIM},
+            "no model.layers.0.self_attn.k_norm.weight in it",
+        ),
         ({"model_type": "gpt2"}, "'gpt2' is not supported"),
     ],
     ids=str,
@@ -159,6 +165,31 @@ def test_another_architecture_is_named(run, hf_folder, tmp_path, changes, messag
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
 
 
+def test_the_exported_folder_stops_where_the_run_did(run, hf_folder, tmp_path):
+    kept = edit_config(hf_folder, tmp_path / "kept")
+    text = '{"temperature": 0.6, "eos_token_id": [7, 1]}'
+    (kept / "generation_config.json").write_text(text)
+    to_hf(run, tmp_path / "a", hf_source=str(kept), verify=False)
+    assert (tmp_path / "a" / "generation_config.json").read_text() == text
+    assert "| responses end at | &lt;eos&gt; (1), 5 (7) |" in (tmp_path / "a" / "README.md").read_text()
+    # without one, transformers would go by config.json alone
+    bare = edit_config(hf_folder, tmp_path / "bare", eos_token_id=5)
+    (bare / "generation_config.json").unlink()
+    to_hf(run, tmp_path / "b", hf_source=str(bare), verify=False)
+    assert json.loads((tmp_path / "b" / "generation_config.json").read_text())["eos_token_id"] == [1, 5]
+
+
+def test_the_source_of_the_tokenizer_is_checked_like_a_model(run, hf_folder, tmp_path):
+    wrong = edit_config(hf_folder, tmp_path / "wrong")
+    (wrong / "generation_config.json").write_text('{"eos_token_id": 131}')
+    with pytest.raises(ConfigError, match=r"eos_token_id of generation_config.json is 131"):
+        to_hf(run, tmp_path / "out", hf_source=str(wrong), verify=False)
+    quantised = edit_config(hf_folder, tmp_path / "fp8", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ConfigError, match=r"quantised \(config.json's quantization_config: fp8\)"):
+        to_hf(run, tmp_path / "out", hf_source=str(quantised), verify=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_damaged_checkpoint_is_refused(run, tmp_path):
     victim = max((run / "checkpoints" / "step-30").glob("*.distcp"), key=lambda p: p.stat().st_size)
     data = bytearray(victim.read_bytes())
@@ -169,6 +200,48 @@ def test_a_damaged_checkpoint_is_refused(run, tmp_path):
     (run / "checkpoints" / "step-30" / "manifest.json").write_text("{")
     with pytest.raises(ReheatError, match=r"manifest.json is damaged"):
         to_hf(run, tmp_path / "out", verify=False)
+
+
+def test_a_damaged_checkpoint_names_the_newest_whole_one(run, tmp_path):
+    checkpoints = run / "checkpoints"
+    for name in ("step-9", "step-10", "step-20", "step-20-copy", "step-40"):
+        shutil.copytree(checkpoints / "step-30", checkpoints / name)
+    (checkpoints / "step-20" / "manifest.json").write_text("{}")
+    (checkpoints / "step-40" / "state.json").unlink()
+    (checkpoints / "latest").write_text("step-30")
+    damages = {
+        "manifest.json": (b"{}", b"[]", b"5", b'{"state.json": 0}', b"\xff", b"[" * 100_000, None),
+        "state.json": (b"{}", None),
+        ".metadata": (b"", None),
+    }
+    for name, contents in damages.items():
+        path = checkpoints / "step-30" / name
+        whole = path.read_bytes()
+        for content in contents:
+            path.unlink() if content is None else path.write_bytes(content)
+            with pytest.raises(ReheatError) as refused:
+                to_hf(run, tmp_path / "out", verify=False)
+            advice = f"; the newest whole checkpoint is {checkpoints / 'step-10'}: to use it, write step-10 into "
+            assert f"{advice}{checkpoints / 'latest'} (or give its path to reheat convert)" in str(refused.value)
+            assert name in str(refused.value).partition(";")[0]
+        path.write_bytes(whole)
+    (checkpoints / "latest").write_text("step-10")
+    assert "step-10" in to_hf(run, tmp_path / "out", verify=False)
+
+
+@pytest.mark.parametrize("payload", [name for name in PAYLOADS if name != "inside the objects"])
+def test_converting_runs_no_code_of_the_checkpoint(payload, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # as some set it for other programs
+    shutil.copytree(run / "checkpoints" / "step-30", run / "checkpoints" / "step-7")
+    tamper(run / "checkpoints" / "step-30", payload, tmp_path / "made")
+    with pytest.raises(ReheatError) as refused:
+        to_hf(run, tmp_path / "out", verify=False)
+    assert REASONS[payload] in str(refused.value) and "\n" not in str(refused.value)
+    assert f"the newest whole checkpoint is {run / 'checkpoints' / 'step-7'}:" in str(refused.value)
+    if "metadata" in payload:
+        with pytest.raises(pickle.UnpicklingError, match=r"it names posix\.mkdir"):
+            CheckpointReader(run / "checkpoints" / "step-30")
+    assert not (tmp_path / "made").exists()
 
 
 def test_what_is_missing_is_named(run, hf_folder, tmp_path):
@@ -188,7 +261,7 @@ def test_what_is_missing_is_named(run, hf_folder, tmp_path):
     with pytest.raises(ConfigError, match=r"config.yaml does not name the model.*--hf-source"):
         to_hf(run, tmp_path / "out")
     (run / "checkpoints" / "step-30" / "state.json").unlink()
-    with pytest.raises(ReheatError, match=r"state.json is missing or damaged"):
+    with pytest.raises(ReheatError, match=r"state.json is missing or damaged .*; no earlier checkpoint in"):
         to_hf(run, tmp_path / "out", hf_source=str(hf_folder))
 
 
@@ -211,6 +284,7 @@ def test_from_hf_refuses_what_a_run_would_refuse(hf_folder, tmp_path):
     ("arguments", "environment", "message"),
     [
         (["--shard-gb", "0"], {}, "--shard-gb must be above 0"),
+        (["--shard-gb", "nan"], {}, "--shard-gb must be above 0"),
         (["--no-verify", "--verify-vllm"], {}, "exclude each other"),
         ([], {"WORLD_SIZE": "2"}, "start it without torchrun"),
     ],

@@ -8,29 +8,20 @@ from typing import Any
 
 import datasets
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_reheat.config import DataConfig
 from megatron_reheat.data.prompts import PromptCursor, PromptDataset, check_vocabulary, load_prompts
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.types import Prompt
+from tests.character_tokenizer import character_tokenizer
 
 COUNTDOWN = {"min_numbers": 3, "max_numbers": 3, "max_value": 9, "min_target": 1, "max_target": 50}
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    characters = [chr(c) for c in range(32, 127)] + ["\n"]
-    vocabulary = {"<unk>": 0, "<eos>": 1} | {c: i for i, c in enumerate(characters, start=2)}
-    characters_only = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    characters_only.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters_only, unk_token="<unk>", eos_token="<eos>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}<eos>{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    return tokenizer
+    return character_tokenizer()
 
 
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> str:
@@ -112,7 +103,7 @@ def test_jsonl_with_math_verifier(tokenizer: PreTrainedTokenizerFast, tmp_path: 
     assert [prompt.text for prompt in dataset] == ["Q: 0+1?", "Q: 1+1?", "Q: 2+1?"]
     assert [prompt.verifier for prompt in dataset] == [{"answer": "1"}, {"answer": "2"}, {"answer": "3"}]
     assert dataset[0].solution is None
-    with pytest.raises(ConfigError, match=r"record 0 has no metadata\.source_dataset"):
+    with pytest.raises(ConfigError, match=r"record 0 of .*a\.jsonl \(line 2\) has no metadata\.source_dataset"):
         load_prompts(DataConfig(path=path), tokenizer, reward_kind="reasoning_gym")
 
 
@@ -127,6 +118,9 @@ def test_saved_reasoning_gym_entries_keep_their_task(tokenizer: PreTrainedTokeni
     (prompt,) = load_prompts(config, tokenizer, reward_kind="reasoning_gym")
     assert prompt.text == "3|1,2=" and prompt.solution == "1+2"
     assert prompt.verifier == {"task": "countdown", "entry": entry}
+    # Arrow has no mapping of mixed types, so that a copy may keep the metadata as text
+    write_jsonl(tmp_path / "a.jsonl", [{**entry, "metadata": json.dumps(entry["metadata"])}])
+    assert list(load_prompts(config, tokenizer, reward_kind="reasoning_gym")) == [prompt]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +130,10 @@ def test_saved_reasoning_gym_entries_keep_their_task(tokenizer: PreTrainedTokeni
         (b'{"question": "q", "answer": 1}\n\xff\xff\n', r"bad\.jsonl:2 is not valid JSON"),
         (b"[1, 2]\n", r"bad\.jsonl:1 must hold a JSON object, not a list"),
         (b"\n\n", r"bad\.jsonl holds no records"),
-        (b'{"question": "q"}\n', r"data\.answer_key 'answer' is missing in record 0; available: question"),
+        (
+            b'{"question": "q"}\n',
+            r"data\.answer_key 'answer' is missing in record 0 of .*bad\.jsonl \(line 1\); available: q",
+        ),
         (b'{"question": "q", "answer": ""}\n', r"data\.answer_key 'answer' is empty in record 0"),
     ],
 )
@@ -149,7 +146,7 @@ def test_jsonl_mistakes(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, cont
 def test_missing_files(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.path: cannot read .*none\.jsonl: No such file"):
         load_prompts(DataConfig(path=str(tmp_path / "none.jsonl")), tokenizer)
-    with pytest.raises(ConfigError, match=r"data\.path: no such folder"):
+    with pytest.raises(ConfigError, match=r"data\.path: cannot read .*none: No such file"):
         load_prompts(DataConfig(source="datasets", path=str(tmp_path / "none")), tokenizer)
 
 
@@ -184,7 +181,7 @@ def test_chat_template(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> No
     assert tokenizer.convert_ids_to_tokens(prompt.token_ids[-11:]) == list("[assistant]")
 
     with pytest.raises(
-        ConfigError, match=r"data\.prompt_key 'question' is missing in record 0; available: answer, ask"
+        ConfigError, match=r"data\.prompt_key 'question' is missing in record 0 of .*; available: answer, ask"
     ):
         load_prompts(DataConfig(path=path, template="chat"), tokenizer)
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
@@ -195,7 +192,9 @@ def test_chat_template(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> No
 def test_long_prompts(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     lengths = [5, 8, 9, 3, 12]
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": "x" * n, "answer": str(n)} for n in lengths])
-    with pytest.raises(ConfigError, match=r"prompt 2 has 9 tokens, above data\.max_prompt_tokens 8"):
+    with pytest.raises(
+        ConfigError, match=r"prompt of record 2 of .* \(line 3\) has 9 tokens, above data\.max_prompt_tokens 8"
+    ):
         load_prompts(DataConfig(path=path, max_prompt_tokens=8), tokenizer)
     dataset = load_prompts(DataConfig(path=path, max_prompt_tokens=8, on_long_prompt="skip"), tokenizer)
     assert [len(prompt.token_ids) for prompt in dataset] == [5, 8, 3]

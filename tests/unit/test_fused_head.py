@@ -1,11 +1,17 @@
 """The fused head against the logits form: the same values and gradients, and never more than a chunk of logits."""
 
+import math
+from collections.abc import Sequence
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_reheat.losses import fused_logprobs, fused_tempered_kl, tempered_kl, vocab_logprobs
-from megatron_reheat.parallel.vocab import VocabLogits, head_loss
+from megatron_reheat.parallel.head import head_loss
+from megatron_reheat.parallel.vocab import VocabHead, VocabLogits, Vocabulary
 from megatron_reheat.parallel.vocab_triton import INTERPRETED
 from scripts.storage_counter import StorageCounter
 from tests.reference import dense_kl, dense_logprobs, relative_error
@@ -139,14 +145,26 @@ def _kl_answers(hidden, weight):
 
 
 def _kl_with_the_loss(hidden, weight):
-    def loss(vocab, rows):
-        return vocab.tempered_kl(temperature=1.2, direction="forward").kl.sum()
+    def loss(vocabs, rows):
+        return vocabs[0].tempered_kl(temperature=1.2, direction="forward").kl.sum()
 
-    return head_loss(hidden, weight, loss, weight.size(0), chunk_tokens=32)
+    return head_loss([hidden], weight, loss, weight.size(0), chunk_tokens=32)
+
+
+def _kl_to_a_teacher(hidden, weight):
+    teacher = VocabHead(hidden.detach() + 1, weight, weight.size(0), chunk_tokens=32)
+    return VocabHead(hidden, weight, weight.size(0), chunk_tokens=32).kl_to(teacher).sum()
+
+
+def _js_with_the_loss(hidden, weight):
+    def loss(vocabs, rows):
+        return vocabs[0].js_to(vocabs[1]).sum()
+
+    return head_loss([hidden, hidden.detach() + 1], weight, loss, weight.size(0), chunk_tokens=32)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter makes copies of its own")
-@pytest.mark.parametrize("form", [_kl_answers, _kl_with_the_loss])
+@pytest.mark.parametrize("form", [_kl_answers, _kl_with_the_loss, _kl_to_a_teacher, _js_with_the_loss])
 def test_one_chunk_of_logits_exists_at_a_time(form):
     chunk_bytes = 32 * 4096 * 4
     peaks = {}
@@ -171,11 +189,11 @@ def test_a_loss_taken_chunk_by_chunk_has_the_same_value_and_gradients(dtype):
     (3 * expected).backward()
     again, weight_again, _ = inputs(dtype)
 
-    def loss(vocab: VocabLogits, rows: slice) -> Tensor:
-        logprobs, entropy = vocab.logprobs(targets[rows], temperature=0.8)
+    def loss(vocabs: Sequence[VocabLogits], rows: slice) -> Tensor:
+        logprobs, entropy = vocabs[0].logprobs(targets[rows], temperature=0.8)
         return (weights[rows] * (logprobs.exp() + 0.1 * entropy)).sum()
 
-    value = head_loss(again, weight_again, loss, VOCAB, chunk_tokens=5)
+    value = head_loss([again], weight_again, loss, VOCAB, chunk_tokens=5)
     (3 * value).backward()
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
@@ -186,14 +204,104 @@ def test_a_loss_taken_chunk_by_chunk_has_the_same_value_and_gradients(dtype):
 def test_a_scaled_loss_is_refused_where_the_gradient_is_in_megatrons_buffer():
     hidden, weight, targets = inputs()
 
-    def loss(vocab: VocabLogits, rows: slice) -> Tensor:
-        return vocab.logprobs(targets[rows]).logprobs.sum()
+    def loss(vocabs: Sequence[VocabLogits], rows: slice) -> Tensor:
+        return vocabs[0].logprobs(targets[rows]).logprobs.sum()
 
-    head_loss(hidden, weight, loss, VOCAB, chunk_tokens=5).backward()
+    head_loss([hidden], weight, loss, VOCAB, chunk_tokens=5).backward()
     buffered = weight.detach().clone().requires_grad_()
     buffered.main_grad = torch.zeros(VOCAB, HIDDEN)
-    head_loss(hidden.detach().requires_grad_(), buffered, loss, VOCAB, chunk_tokens=5).backward()
+    head_loss([hidden.detach().requires_grad_()], buffered, loss, VOCAB, chunk_tokens=5).backward()
     assert buffered.grad is None
     assert relative_error(buffered.main_grad, weight.grad) < 1e-6
     with pytest.raises(RuntimeError, match="must not be scaled"):
-        (2 * head_loss(hidden, buffered, loss, VOCAB)).backward()
+        (2 * head_loss([hidden], buffered, loss, VOCAB)).backward()
+
+
+def three_states(num_tokens: int = NUM_TOKENS) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The policy's hidden states, a layer's, a privileged teacher's; the head's weight with two rows of padding; targets."""
+    generator = torch.Generator().manual_seed(1)
+    policy, layer, teacher = torch.randn(3, num_tokens, HIDDEN, generator=generator)
+    weight = torch.cat([torch.randn(VOCAB, HIDDEN, generator=generator), torch.full((2, HIDDEN), 9.0)])
+    targets = torch.randint(VOCAB, (num_tokens,), generator=generator)
+    return [policy.requires_grad_(), layer.requires_grad_(), teacher], weight.requires_grad_(), targets
+
+
+def dense_loss_of_three(states: list[Tensor], weight: Tensor, targets: Tensor) -> list[Tensor]:
+    """The value and its gradients, for the policy's, the layer's and the weight's, by autograd in float64."""
+    policy, layer, head = (w.detach().double().requires_grad_() for w in (*states[:2], weight))
+    valid = head[:VOCAB]
+    log_p, log_layer = ((h @ valid.t()).log_softmax(-1) for h in (policy, layer))
+    teacher = (states[2].double() @ valid.detach().t()).log_softmax(-1)
+    log_mean = torch.logaddexp(log_layer, log_p.detach()) - math.log(2)
+    js = (log_layer.exp() * (log_layer - log_mean) + log_p.detach().exp() * (log_p.detach() - log_mean)).sum() / 2
+    value = js + (log_p.exp() * (log_p - teacher)).sum() - log_p.gather(-1, targets[:, None]).sum()
+    value.backward()
+    return [value.detach(), policy.grad, layer.grad, head.grad]
+
+
+@pytest.mark.parametrize(("chunk_tokens", "has_main_grad"), [(1, False), (6, True), (1000, False)])
+def test_a_loss_of_several_hidden_states(chunk_tokens, has_main_grad):
+    states, weight, targets = three_states()
+    expected = dense_loss_of_three(states, weight, targets)
+    if has_main_grad:
+        weight.main_grad = torch.zeros_like(weight)
+
+    def loss(vocabs: Sequence[VocabLogits], rows: slice) -> Tensor:
+        policy, layer, teacher = vocabs
+        logprobs = policy.logprobs(targets[rows]).logprobs
+        return (layer.js_to(policy) + policy.kl_to(teacher) - logprobs).sum()
+
+    value = head_loss(states, weight, loss, VOCAB, chunk_tokens=chunk_tokens)
+    value.backward()
+    weight_grad = weight.main_grad if has_main_grad else weight.grad
+    for actual, exact in zip((value, states[0].grad, states[1].grad, weight_grad), expected, strict=True):
+        assert relative_error(actual, exact) < 1e-5
+    assert states[2].grad is None
+
+
+def test_hidden_states_that_the_loss_does_not_look_at_have_no_gradient():
+    states, weight, targets = three_states()
+
+    def loss(vocabs: Sequence[VocabLogits], rows: slice) -> Tensor:
+        return vocabs[0].logprobs(targets[rows]).logprobs.sum()
+
+    head_loss(states, weight, loss, VOCAB, chunk_tokens=9).backward()
+    gradients = states[0].grad, weight.grad
+    states[0].grad = weight.grad = None
+    head_loss(states[:1], weight, loss, VOCAB, chunk_tokens=9).backward()
+    assert states[1].grad.eq(0).all()
+    assert torch.equal(states[0].grad, gradients[0]) and torch.equal(weight.grad, gradients[1])
+
+
+def test_hidden_states_of_different_lengths_are_refused():
+    states, weight, _ = three_states()
+    with pytest.raises(ValueError, match=r"different shapes: \[\(23, 16\), \(22, 16\)\]"):
+        head_loss([states[0], states[1][1:]], weight, lambda vocabs, rows: vocabs[0].logits.sum(), VOCAB)
+
+
+@settings(max_examples=8 if INTERPRETED else 40, deadline=None, derandomize=True)
+@given(st.integers(1, 12), st.integers(1, 14), st.floats(0.3, 3.0), st.sampled_from(["forward", "reverse", "js"]))
+def test_logits_heads_and_chunks_agree(num_tokens, chunk_tokens, temperature, measure):
+    states, weight, _ = three_states(num_tokens)
+
+    def divergence(own: Vocabulary, other: Vocabulary) -> Tensor:
+        if measure == "js":
+            return own.js_to(other, temperature=temperature)
+        return own.kl_to(other, direction=measure, temperature=temperature)
+
+    def from_logits() -> Tensor:
+        return divergence(*(VocabLogits(h @ weight.t(), VOCAB) for h in states[1:])).sum()
+
+    def from_heads() -> Tensor:
+        return divergence(*(VocabHead(h, weight, VOCAB, chunk_tokens=chunk_tokens) for h in states[1:])).sum()
+
+    def with_the_loss() -> Tensor:
+        return head_loss(
+            states[1:], weight, lambda vocabs, _: divergence(*vocabs).sum(), VOCAB, chunk_tokens=chunk_tokens
+        )
+
+    values = [form() for form in (from_logits, from_heads, with_the_loss)]
+    expected, *others = ((value, *torch.autograd.grad(value, states[1])) for value in values)
+    for value, gradient in others:
+        torch.testing.assert_close(value, expected[0], rtol=1e-5, atol=1e-7)
+        assert relative_error(gradient, expected[1]) < 1e-5

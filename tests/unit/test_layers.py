@@ -18,12 +18,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "base": set(),
     "parallel": {"base"},
     **{sibling: {"base", "parallel"} for sibling in SIBLINGS},
+    "methods": {"base", "parallel", "losses", "data"},
     "analysis.passk": {"base"},
-    "cluster": {"base", "model", "stages"},
-    "stages": {"base", "parallel", *SIBLINGS, "analysis.passk"},
+    "cluster": {"base", "model", "methods", "stages"},
+    "stages": {"base", "parallel", *SIBLINGS, "methods", "analysis.passk"},
     "analysis": {"base", "parallel", *SIBLINGS, "stages", "analysis.passk"},
     "evaluation": {"base", "model", "rewards", "rollout", "data", "analysis.passk"},
-    "cli": {"base", "parallel", *SIBLINGS, "stages", "analysis", "analysis.passk", "evaluation", "cluster"},
+    "config_reference": {"base", "methods"},
+    "cli": {
+        "base",
+        "config_reference",
+        "parallel",
+        *SIBLINGS,
+        "stages",
+        "analysis",
+        "analysis.passk",
+        "evaluation",
+        "cluster",
+    },
 }
 
 # Foreign module -> the layers that may import it; every other layer may not.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,21 @@ def test_every_sequence_is_packed_once_and_ranks_agree_on_the_count(data_size, c
         assert sum(len(batch.sequences[i].token_ids) for i in m.sequence_indices) <= capacity
 
 
+def test_what_has_no_tokens_is_left_out_and_planned_like_what_it_stands_for():
+    batch = _batch(LENGTHS)
+    view = TrainBatch(tuple(s.left_out() if i % 3 else s for i, s in enumerate(batch.sequences)))
+    options = {"data_size": 3, "microbatch_tokens": 30, "alignment": 4}
+    for rank in range(3):
+        own = make_microbatches(batch, data_rank=rank, beside=[view], **options)
+        read = make_microbatches(view, data_rank=rank, beside=[batch], **options)
+        for ours, theirs in zip(own, read, strict=True):
+            assert theirs.sequence_indices == tuple(i for i in ours.sequence_indices if i % 3 == 0)
+            length = sum(LENGTHS[i] for i in theirs.sequence_indices)
+            assert len(theirs.tokens) == max(-(-length // 4), 1) * 4 == int(theirs.cu_seqlens[-1])
+            kept = [batch.sequences[i].token_ids for i in theirs.sequence_indices]
+            assert theirs.tokens[:length].tolist() == np.concatenate([*kept, []]).tolist()
+
+
 def test_positions_targets_and_masks_of_a_sequence():
     batch = _batch([5, 4])
     (micro,) = make_microbatches(batch, data_rank=0, data_size=1, microbatch_tokens=99, alignment=4)
@@ -86,3 +103,32 @@ def test_sequence_mean_gives_every_response_the_same_weight():
     )
     assert micro.loss_weights[:10].sum().item() == pytest.approx(0.5)
     assert micro.loss_weights[10:].sum().item() == pytest.approx(0.5)
+    (other,) = make_microbatches(batch, data_rank=0, data_size=1, microbatch_tokens=99, alignment=1)
+    assert torch.equal(other.sequence_weights, micro.loss_weights)  # whatever the aggregation is
+    assert torch.equal(micro.at(slice(9, 12)).sequence_weights, micro.loss_weights[9:12])
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_a_share_of_its_own_leaves_the_others_theirs_and_weighs_the_same_over_any_minibatches(aggregation):
+    even, share = _batch([10, 4, 7, 5]).sequences, 0.01
+    own = [replace(s, share=share) for s in _batch([6, 8, 9]).sequences]
+    whole = TrainBatch((even[0], own[0], *even[1:], *own[1:]))
+
+    def weights(batch: TrainBatch) -> dict[bool, float]:
+        """Of the even sequences together, and of the others."""
+        micros = make_microbatches(
+            batch, data_rank=0, data_size=1, microbatch_tokens=99, alignment=1, aggregation=aggregation
+        )
+        found = {False: 0.0, True: 0.0}
+        for micro in micros:
+            for index, values in micro.unpack(micro.loss_weights).items():
+                found[batch.sequences[index].share is not None] += float(values.sum())
+        return found
+
+    expected = share * sum(s.num_response_tokens for s in own)
+    assert weights(whole) == {False: pytest.approx(1.0), True: pytest.approx(expected)}
+    cuts = whole.minibatches(2)
+    assert [len(cut) for cut in cuts] == [4, 3]  # two each, and what has a share of its own dealt out
+    of_cuts = [weights(cut) for cut in cuts]
+    assert [w[False] for w in of_cuts] == [pytest.approx(1.0)] * 2
+    assert sum(w[True] for w in of_cuts) / 2 == pytest.approx(expected)

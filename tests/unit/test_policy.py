@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_reheat.clock import Clock
 from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import ConfigError, EngineDied
 from megatron_reheat.parallel.seats import engine_seats
 from megatron_reheat.rollout.engine import SyncReport
-from megatron_reheat.stages.clock import Clock
-from megatron_reheat.stages.policy import Policy
+from megatron_reheat.stages.policy import FrozenSampler, Policy
 from megatron_reheat.types import Completion, Prompt, Reward, SamplingParams
 
 PARAMS = SamplingParams(temperature=1.0, max_tokens=4)
@@ -64,15 +64,87 @@ class AllCorrect:
         return [Reward(1.0, True, False) for _ in items]
 
 
+ONE_RANK = SimpleNamespace(
+    rank=0, world_size=1, local_world_size=1, data_rank=0, data_size=1, is_replica_leader=True,
+    share_from_leaders=lambda mine, error=None: [mine], share_from_all=lambda mine, error=None: [mine],
+)  # fmt: skip
+
+
 def make_policy(mode: str, recorder: Recorder) -> Policy:
-    one_rank = SimpleNamespace(
-        rank=0, world_size=1, local_world_size=1, data_rank=0, data_size=1, is_replica_leader=True,
-        share_from_leaders=lambda mine, error=None: [mine], share_from_all=lambda mine, error=None: [mine],
-    )  # fmt: skip
     engine = SimpleNamespace(
         config=SimpleNamespace(rollout=RolloutConfig(mode=mode)), iter_hf_weights=lambda: iter([("w", torch.zeros(1))])
     )
-    return Policy(engine, one_rank, recorder, AllCorrect(), decode=str)
+    return Policy(engine, ONE_RANK, recorder, AllCorrect(), decode=str)
+
+
+class Frozen(Recorder):
+    """Keeps its weights while it sleeps, and loses them when it dies."""
+
+    def _note(self, call: str) -> None:
+        try:
+            super()._note(call)
+        except EngineDied:
+            self.policy_version = None
+            raise
+
+
+def make_frozen(mode: str, recorder: Recorder) -> FrozenSampler:
+    def weights():
+        recorder.calls.append("read")
+        return iter([("w", torch.zeros(1))])
+
+    return FrozenSampler(RolloutConfig(mode=mode), ONE_RANK, recorder, AllCorrect(), str, weights)
+
+
+@pytest.mark.parametrize("kind", ["policy", "frozen"])
+def test_the_trainers_unused_memory_is_free_before_an_engine_wakes(kind: str, monkeypatch: pytest.MonkeyPatch):
+    recorder = Frozen()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: recorder.calls.append("empty cache"))
+    sampler = (make_policy if kind == "policy" else make_frozen)("colocated", recorder)
+    sampler.publish(1)
+    sampler.rest()
+    sampler.sample(PROMPTS, 1, PARAMS, 0, Clock())
+    assert recorder.calls[recorder.calls.index("sleep") :][:3] == ["sleep", "empty cache", "wake"]
+    assert recorder.calls.count("empty cache") == 1
+
+
+def test_a_frozen_model_is_read_and_sent_once():
+    recorder = Frozen()
+    frozen = make_frozen("colocated", recorder)
+    assert frozen.publish(0).verified
+    frozen.rest()
+    for seed in range(2):
+        frozen.sample(PROMPTS, 1, PARAMS, seed, Clock())
+        frozen.rest()
+    turn = ["wake", "generate", "sleep"]
+    assert recorder.calls == ["read", "weights 0", "sleep", *turn, *turn]
+
+
+@pytest.mark.parametrize("call", ["sleep", "wake", "generate"])
+@pytest.mark.parametrize("mode", ["colocated", "embedded"])
+def test_a_frozen_engine_that_dies_at_any_point_is_given_the_weights_again(mode, call):
+    recorder = Frozen(dies_at=call)
+    frozen = make_frozen(mode, recorder)
+    frozen.publish(0)
+    for seed in range(2):
+        frozen.rest()
+        groups = frozen.sample(PROMPTS, 2, PARAMS, seed, Clock())
+        assert [len(g.completions) for g in groups] == [2, 2, 2]
+    dies = mode == "colocated" or call == "generate"
+    assert recorder.calls.count("weights 0") == recorder.calls.count("read") == (2 if dies else 1)
+    assert frozen.engine_restarts == (
+        dies and call != "sleep"
+    )  # found dead by the next call, which restarts a real one
+
+
+def test_items_are_divided_and_come_back_in_order():
+    policy = make_policy("embedded", Recorder())
+    assert policy.divide([3, 1, 2], lambda mine: (2 * item for item in mine)) == [6, 2, 4]
+    graded = policy.grade(
+        PROMPTS, [(Completion(np.array([1], np.int32), np.zeros(1, np.float32), 1.0, 0, "stop"),)] * 3, Clock()
+    )
+    assert [(g.prompt.index, len(g.completions), g.accuracy) for g in graded] == [(0, 1, 1.0), (1, 1, 1.0), (2, 1, 1.0)]
 
 
 def test_a_colocated_engine_sleeps_while_training_and_is_fed_before_it_samples_again():

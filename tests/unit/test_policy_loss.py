@@ -10,7 +10,8 @@ import torch
 
 from megatron_reheat.losses.advantage import group_advantages, overlong_penalty
 from megatron_reheat.losses.policy import clipped_policy_loss, policy_loss, tis_weights
-from megatron_reheat.parallel.packing import make_microbatches
+from megatron_reheat.losses.reheat import reheat_loss
+from megatron_reheat.parallel.packing import MicroBatch, make_microbatches
 from megatron_reheat.parallel.vocab import VocabLogits
 from megatron_reheat.types import TrainBatch, TrainSequence
 
@@ -70,6 +71,11 @@ def test_group_advantages_use_the_unbiased_deviation():
     assert group_advantages([1.0, 0.0], normalize_by_std=False) == [0.5, -0.5]
     assert group_advantages([1.0, 1.0, 1.0]) == [0.0, 0.0, 0.0]
     assert group_advantages([0.3]) == [0.3]
+
+
+@pytest.mark.parametrize("reward", [0.05, 0.1, 0.7])  # whose mean over three is rounded to another number
+def test_equal_rewards_have_no_advantage_at_all(reward):
+    assert group_advantages([reward] * 3) == [0.0] * 3
 
 
 @pytest.mark.parametrize(("length", "penalty"), [(10, 0.0), (16, 0.0), (18, -0.5), (20, -1.0)])
@@ -143,3 +149,87 @@ def test_padding_that_holds_nan_does_not_reach_the_loss():
     )
     assert loss.isfinite()
     assert all(math.isfinite(v) for v in metrics.reduced().values())
+
+
+# -- metrics against the exact values of small categoricals ----------------------------------------------------------------
+
+OLD, ROLLOUT, NEW = (np.array(p) / 16 for p in ([8, 4, 2, 2], [4, 4, 6, 2], [11, 2, 2, 1]))
+
+
+def _sampled(policy: np.ndarray, advantage: float = 1.0, **logprobs: np.ndarray) -> tuple[VocabLogits, MicroBatch]:
+    """Responses of one token in exactly the proportions of `policy`, so that a mean over them is an exact expectation;
+    the trainer's logits are NEW's at temperature 0.8. `logprobs` gives the policies behind the recorded ones."""
+    tokens = np.repeat(np.arange(4), (policy * 16).astype(int))
+    recorded = {name: np.log(p).astype(np.float32) for name, p in logprobs.items()}
+    batch = TrainBatch(
+        tuple(
+            TrainSequence(np.array([0, t], np.int32), 1, advantage, **{n: p[t : t + 1] for n, p in recorded.items()})
+            for t in tokens
+        )
+    )
+    (micro,) = make_microbatches(batch, data_rank=0, data_size=1, microbatch_tokens=100, alignment=1)
+    logits = torch.from_numpy(0.8 * np.log(NEW)).float().expand(32, 4)
+    return VocabLogits(logits, 4), micro
+
+
+def _policy_metrics(vocab: VocabLogits, micro: MicroBatch, tis_cap: float | None = None) -> dict[str, float]:
+    options = {"sampling_temperature": 0.8, "tis_cap": tis_cap, "entropy_coef": 0.0, **CLIP, "dual_clip": 1.3}
+    return policy_loss(vocab, micro, **options)[1].reduced()
+
+
+def _kl(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.sum(first * np.log(first / second)))
+
+
+def test_kl_to_old_is_the_kl_from_the_old_policy_that_sampled():
+    vocab, micro = _sampled(OLD, old_logprobs=OLD, rollout_logprobs=OLD)
+    metrics = _policy_metrics(vocab, micro)
+    assert metrics["policy/kl_to_old"] == pytest.approx(_kl(OLD, NEW), rel=1e-6)
+    assert metrics["policy/kl_to_old"] != pytest.approx(_kl(NEW, OLD), rel=1e-2)
+    assert metrics["policy/ratio"] == pytest.approx(1.0, rel=1e-6)
+
+
+def test_kl_to_old_of_samples_from_another_policy_is_importance_weighted():
+    vocab, micro = _sampled(ROLLOUT, old_logprobs=OLD, rollout_logprobs=ROLLOUT)
+    metrics = _policy_metrics(vocab, micro, tis_cap=1.5)
+    assert metrics["policy/kl_to_old"] == pytest.approx(_kl(OLD, NEW), rel=1e-6)
+    assert metrics["policy/tis_truncated_fraction"] == pytest.approx(ROLLOUT[OLD / ROLLOUT > 1.5].sum())
+    assert _policy_metrics(vocab, micro, tis_cap=1.0)["policy/tis_truncated_fraction"] == pytest.approx(4 / 16)
+
+
+def test_kl_to_old_of_nearly_equal_policies_keeps_its_digits():
+    near = NEW * (1 + 1e-4 * np.array([1, -3, 2, -9]))
+    vocab, micro = _sampled(OLD, old_logprobs=near / near.sum(), rollout_logprobs=OLD)
+    r = vocab.logprobs(micro.targets, temperature=0.8).logprobs.double() - micro.old_logprobs.double()
+    expected = (torch.expm1(r) - r)[micro.loss_mask.bool()].mean().item()
+    assert 0 < expected < 1e-6
+    assert _policy_metrics(vocab, micro)["policy/kl_to_old"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
+def test_clip_fractions_are_the_probabilities_of_being_clipped(advantage):
+    metrics = _policy_metrics(*_sampled(OLD, advantage, old_logprobs=OLD, rollout_logprobs=OLD))
+    ratio = NEW / OLD
+    expected = {
+        "policy/clip_high_fraction": OLD[(ratio > 1.28) & (advantage > 0)].sum(),
+        "policy/clip_low_fraction": OLD[(ratio < 0.8) & (advantage < 0)].sum(),
+        "policy/dual_clip_fraction": OLD[(ratio > 1.3) & (advantage < 0)].sum(),
+        "policy/tis_truncated_fraction": 0.0,
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_reheating_metrics_are_those_of_the_policy_at_temperature_one(direction):
+    vocab, micro = _sampled(ROLLOUT, rollout_logprobs=ROLLOUT)
+    metrics = reheat_loss(vocab, micro, teacher_temperature=1.2, direction=direction)[1].reduced()
+    student, teacher = NEW**0.8 / (NEW**0.8).sum(), NEW ** (0.8 / 1.2) / (NEW ** (0.8 / 1.2)).sum()
+    expected = {
+        "rollout/mismatch_kl": _kl(ROLLOUT, student),
+        "rollout/mismatch_abs_mean": float(np.sum(ROLLOUT * abs(np.log(student / ROLLOUT)))),
+        "rollout/mismatch_abs_max": float(abs(np.log(student / ROLLOUT)).max()),
+        "entropy/mean": -float(np.sum(student * np.log(student))),
+        "reheat/teacher_entropy": -float(np.sum(teacher * np.log(teacher))),
+        "reheat/kl": _kl(teacher, student) if direction == "forward" else _kl(student, teacher),
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
 import math
+import re
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from megatron_reheat.cli import main
-from megatron_reheat.cluster.estimate import CONSTANT_TEXTS, GIB, GPUS, Constants, Estimate, Lengths
+from megatron_reheat.cluster.estimate import CONSTANT_TEXTS, GIB, GPUS, Constants, Estimate, FrozenShape, Lengths
+from megatron_reheat.cluster.gpu_start import check_gpu_start
 from megatron_reheat.cluster.preflight import check, find_knee, make_estimate, scaling
 from megatron_reheat.cluster.published import comparisons
-from megatron_reheat.config import Config, load_config, parse_config
+from megatron_reheat.config import Config, apply_override, load_config, parse_config
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.model.architecture import LLAMA_31_8B, QWEN3, Architecture, read_architecture
+from megatron_reheat.rollout.engine_options import engine_options
+from megatron_reheat.stages.sampler import with_fixed_cache
+from tests.e2e import runs
 from tests.tiny_models import FAMILIES, save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,6 +169,59 @@ def test_float32_weights_are_their_own_master() -> None:
     assert (parts["weights (float32)"], parts["optimizer shard"]) == (4 * TINY.num_parameters, 8 * TINY.num_parameters)
 
 
+@pytest.mark.parametrize(
+    ("parallel", "dtype", "count"),
+    [
+        ({}, "bfloat16", TINY.num_parameters / 4),  # master weights, a part on each replica
+        ({"distributed_optimizer": False}, "bfloat16", TINY.num_parameters),
+        ({}, "float32", TINY.num_parameters),
+        ({"pipeline": 2}, "bfloat16", (2 * LAYER + TABLE) / 2),
+    ],
+)
+def test_a_rollback_keeps_float32_weights_on_the_host(parallel: dict[str, Any], dtype: str, count: float) -> None:
+    estimate = tiny(4, parallel=parallel, model={"dtype": dtype})
+    assert estimate.snapshot_bytes() == 4 * count
+    other = dataclasses.replace(
+        estimate, gpu=dataclasses.replace(estimate.gpu, constants=Constants(host_copy_bytes_s=1))
+    )
+    seconds = other.reheat_step()["update"] - estimate.reheat_step()["update"]
+    assert seconds == pytest.approx(4 * count, rel=1e-6)
+
+
+def test_check_states_the_host_memory_of_a_rollback() -> None:
+    def printed(**controller: str) -> str:
+        output = io.StringIO()
+        check(configured(controller=controller), gpus=16, console=Console(file=output, width=120))
+        return output.getvalue()
+
+    held = 4 * QWEN3["Qwen3-4B"].num_parameters / 16 / GIB
+    rows = [line.split("\u2502") for line in printed().splitlines() if "rollback" in line or "GPUs of a node" in line]
+    assert [row[1].strip() for row in rows] == ["host memory: weights for a rollback", "for all 8 GPUs of a node"]
+    assert [float(row[2]) for row in rows] == pytest.approx([held, 8 * held], abs=0.01)
+    assert "rollback" not in printed(action="none")
+
+
+def test_a_reference_policy_costs_host_memory_and_a_second_scoring_pass() -> None:
+    without, with_it = tiny(4), tiny(4, rl={"kl_coef": 0.1})
+    copied = 2 * TINY.num_parameters  # bfloat16, whole on every replica
+    assert (without.reference_bytes(), with_it.reference_bytes()) == (0.0, copied)
+    extra = with_it.rl_step()["score"] - without.rl_step()["score"]
+    swaps = 4 * copied / with_it.gpu.constants.host_copy_bytes_s
+    assert extra == pytest.approx(without.rl_step()["score"] + swaps, rel=1e-9)
+    assert with_it.memory() == without.memory()
+    output = io.StringIO()
+    check(configured(rl={"kl_coef": 0.1}), gpus=16, console=Console(file=output, width=120))
+    rows = [
+        line.split("\u2502") for line in output.getvalue().splitlines() if "host memory:" in line or "of a node" in line
+    ]
+    size = QWEN3["Qwen3-4B"].num_parameters / GIB
+    names = [row[1].strip() for row in rows]
+    assert names[1:] == ["host memory: the reference policy", "for all 8 GPUs of a node"]
+    assert [float(row[2]) for row in rows] == pytest.approx(
+        [4 * size / 16, 2 * size, 8 * (2 + 4 / 16) * size], abs=0.02
+    )
+
+
 def test_a_fixed_kv_cache_counts_tokens() -> None:
     estimate = tiny(rollout={"max_tokens": 128, "kv_cache_mb": 1})
     assert estimate.kv_cache_tokens == (1 << 20) / (2 * 4 * 32 * 2)
@@ -259,17 +321,18 @@ def test_command_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
         "NeMo-RL",
         "1,581",
         "share of peak FLOP/s",
-        "Not checked: data",
+        "Not checked: data, tokenizer, weights",
     ):
         assert text in out, text
 
 
 def test_the_demo_recipe_is_checked_on_cpu(tmp_path: Path) -> None:
-    folder = save_tiny_model("qwen3_tied", tmp_path / "model")
+    folder = runs.make_model_folder(tmp_path / "model")
     out = io.StringIO()
     config = load_config(ROOT / "yaml" / "countdown_cpu.yaml", [f"model.hf_path={folder}"])
     check(config, gpu="cpu", console=Console(file=out, width=120))
     assert "2 x cpu" in out.getvalue() and "data 2" in out.getvalue()
+    assert "Not checked: data. Not" in out.getvalue()
 
 
 @pytest.mark.parametrize("size", ["4b", "8b"])
@@ -324,6 +387,96 @@ def test_recipe_that_does_not_fit_the_gpu() -> None:
     assert message.startswith("about ") and "GiB are needed on a h100-80g of 79.1; set model.recompute=full" in message
 
 
+def test_advice_names_changes_that_fit() -> None:
+    config = configured(model={"recompute": "none"}, parallel={"microbatch_tokens": 16384})
+    advice = refusal(config).partition("; set ")[2]
+    assert advice.count("GiB") >= 3
+    for change, gib in re.findall(r"((?:[\w.]+=[\w.]+ ?)+) \((\d+\.\d) GiB\)", advice):
+        tree = config.model_dump()
+        for override in change.split():
+            apply_override(tree, override)
+        changed = parse_config(tree)
+        held = sum(make_estimate(changed).memory().values()) / GIB
+        assert held == pytest.approx(float(gib), abs=0.06) and held < 79.1
+        check(changed, console=Console(file=io.StringIO()))
+    # where one change is not enough, those that help
+    large = configured(
+        model={"hf_path": "Qwen/Qwen3-14B", "recompute": "none"}, rollout={"gpu_memory_utilization": 0.9}
+    )
+    assert "; set several of model.recompute=full (" in refusal(large)
+
+
+def test_what_the_method_refuses_is_not_advised() -> None:
+    oisd = configured(model={"recompute": "selective"}, rl={"method": "oisd"})
+    advice = refusal(oisd).partition("; set ")[2]
+    assert "parallel.tensor=" in advice and "recompute=full" not in advice
+    one_term = {"method": "oisd", "options": {"attention_coef": 0}}
+    assert "recompute=full" in refusal(configured(model={"recompute": "selective"}, rl=one_term))
+
+
+# a GPU is the one part that is made up: what this machine says of its devices
+def gpus(monkeypatch: pytest.MonkeyPatch, count: int, gib: float) -> None:
+    device = SimpleNamespace(name="Made-up 80GB", total_memory=int(gib * GIB))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+
+
+def test_a_start_on_gpus_asks_what_check_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    large = configured(model={"recompute": "none"}, parallel={"tensor": 2, "sequence_parallel": True, "data": 4})
+    with pytest.raises(ConfigError) as of_check:
+        check(large, console=Console(file=io.StringIO()))
+    gpus(monkeypatch, 8, 79.1)
+    with pytest.raises(ConfigError) as of_start:
+        check_gpu_start(large, 8, force=False)
+    shown = str(of_start.value).replace("Made-up 80GB", "h100-80g")
+    assert shown == f"{of_check.value}; --force starts it all the same"
+    check_gpu_start(large, 8, force=True)
+    gpus(monkeypatch, 8, 139.8)
+    check_gpu_start(large, 8, force=False)
+    gpus(monkeypatch, 4, 139.8)
+    with pytest.raises(ConfigError, match=r"8 ranks on this machine, which has 4 GPUs; lower parallel.data"):
+        check_gpu_start(large, 8, force=True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    check_gpu_start(large, 8, force=False)
+    gpus(monkeypatch, 0, 0.0)
+    check_gpu_start(large, 8, force=False)  # on the CPU nothing is refused
+
+
+def test_an_engine_on_the_trainers_gpu_is_told_its_cache() -> None:
+    """In MiB: the share of the GPU that the recipe gives it, less vLLM's own needs and the weights; as is estimated."""
+    config = configured(rollout={"gpu_memory_utilization": 0.5})
+    estimate = make_estimate(config)
+    rollout = with_fixed_cache(config.rollout, estimate.model, "bfloat16", estimate.gpu.memory_gib)
+    assert rollout.kv_cache_mb == pytest.approx((0.5 * 79.1 - 2) * 1024 - estimate.engine_weight_bytes / 2**20, abs=1)
+    assert rollout.kv_cache_mb == int(estimate.kv_cache_bytes) >> 20
+    options = engine_options(rollout, "model", dtype="bfloat16", seed=0, on_cpu=False)
+    assert options["kv_cache_memory_bytes"] == rollout.kv_cache_mb << 20
+    with pytest.raises(ConfigError, match=r"rollout.gpu_memory_utilization 0.5 of 16 GiB does not hold vLLM's weights"):
+        with_fixed_cache(config.rollout, estimate.model, "bfloat16", 16.0)
+
+
+def test_train_asks_before_it_starts_anything(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    gpus(monkeypatch, 8, 79.1)
+    monkeypatch.setattr("megatron_reheat.cli.launch_here", lambda *arguments: pytest.fail(f"started {arguments}"))
+    recipe = [
+        str(ROOT / "yaml" / "ts_opsd.yaml"),
+        "parallel.data=4",
+        "model.recompute=none",
+        f"run.folder={tmp_path}/run",
+    ]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        assert main(["train", *recipe]) == 1
+        monkeypatch.setattr("megatron_reheat.cli.launch_here", lambda count, *_: 40 + count)
+        assert main(["train", *recipe, "--force"]) == 48
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert capsys.readouterr().err.startswith("error: about 8") and not (tmp_path / "run").exists()
+
+
 def test_model_too_large_for_the_engine() -> None:
     message = refusal(configured(model={"hf_path": "Qwen/Qwen3-32B"}, parallel={"tensor": 8}))
     assert "leaves a KV cache of 0 tokens" in message and "raise rollout.gpu_memory_utilization" in message
@@ -353,3 +506,51 @@ def test_missing_folder_and_foreign_architecture(tmp_path: Path) -> None:
 def test_errors_are_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(ROOT / "yaml" / "qwen3_4b_ts_opsd.yaml"), "--gpus", "12"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# -- frozen models that are sampled from ---------------------------------------------------------------------------------
+
+SMALL = Architecture(32, 48, 2, 2, 1, 16, vocab_size=1000, tie_word_embeddings=True, max_position_embeddings=512)
+
+
+def with_explorer(mode: str, share: float = 0.25, dtype: str = "float32") -> tuple[Estimate, Estimate]:
+    plain = tiny(rollout={"max_tokens": 128, "mode": mode, "kv_cache_mb": 64})
+    return plain, dataclasses.replace(plain, frozen={"explorer": FrozenShape(SMALL, dtype, share)})
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_an_explorer_beside_the_trainer_adds_its_weights_cache_and_overhead(dtype: str, size: int) -> None:
+    plain, both = with_explorer("embedded", dtype=dtype)
+    before, after = plain.memory(), both.memory()
+    assert after["explorer: weights"] == SMALL.num_parameters * size
+    assert after["explorer: KV cache"] == 64 << 20
+    added = SMALL.num_parameters * size + (64 << 20) + GPUS["h100-80g"].constants.engine_overhead_gib * GIB
+    assert sum(after.values()) - sum(before.values()) == pytest.approx(added)
+
+
+def test_in_turns_only_the_largest_is_there_and_the_weights_are_copied() -> None:
+    plain, both = with_explorer("colocated")
+    assert "explorer: weights" not in both.memory()
+    added = sum(both.memory().values()) - sum(plain.memory().values())
+    assert added == GPUS["h100-80g"].constants.engine_overhead_gib * GIB
+    copied = 2 * 2.0 * SMALL.num_parameters * 4 / both.gpu.constants.host_copy_bytes_s  # two generation batches
+    assert both.rl_step()["sync"] == pytest.approx(2 * plain.rl_step()["sync"] + copied)
+    assert with_explorer("embedded")[1].rl_step()["sync"] == with_explorer("embedded")[0].rl_step()["sync"]
+
+
+def test_its_share_of_the_sampling_is_counted_with_its_own_numbers() -> None:
+    plain, both = with_explorer("embedded")
+    batch = dataclasses.replace(plain.rl_batch, group_size=2)  # a quarter of 8
+    alone = dataclasses.replace(plain, model=SMALL, config=both.samplers["explorer"].config)
+    expected = plain.rl_step()["rollout"] + 2.0 * alone.rollout_seconds(batch)
+    assert both.rl_step()["rollout"] == pytest.approx(expected) and expected > plain.rl_step()["rollout"]
+
+
+def test_check_reads_the_explorers_folder(tmp_path: Path) -> None:
+    rl = {"method": "s2l_po", "samplers": {"explorer": "Qwen/Qwen3-1.7B-Base"}}
+    estimate = make_estimate(configured(rl=rl, run={"steps": 100}), gpus=8)
+    assert estimate.frozen["explorer"].model == QWEN3["Qwen3-1.7B"]
+    nowhere = {"method": "s2l_po", "samplers": {"explorer": str(tmp_path / "nowhere")}}
+    assert refusal(configured(rl=nowhere), gpus=8).startswith("rl.samplers.explorer: ")
+    tight = configured(rl=rl, rollout={"gpu_memory_utilization": 0.3, "mode": "server", "servers": ["http://a:1"]})
+    assert "for explorer leaves a KV cache of 0 tokens" in refusal(tight, gpus=8, gpu="cpu")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_reheat.config import dump_config, load_config
+from megatron_reheat.methods import choose_method
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted([*(ROOT / "yaml").rglob("*.yaml"), *(ROOT / "examples").rglob("*.yaml")])
@@ -20,6 +21,7 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_recipe_loads(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
+    choose_method(config)
     dump = tmp_path / "config.yaml"
     dump.write_text(dump_config(config))
     assert load_config(dump) == config

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_reheat.config import RewardConfig
@@ -24,8 +25,10 @@ RIGHT = Reward(1.0, correct=True)
 WRONG = Reward(-1.0, correct=False)
 LOST = Reward(-1.0, correct=False, timed_out=True)
 
-HANGS = "9**9**9**9"
-DIES = "__import__('os')._exit(3)"
+# for the pool whose workers run their answers, as no other does
+HANGS = "while True: pass"
+DIES = "import os; os._exit(3)"
+ONE = {"answer": 1}
 
 
 def countdown(numbers: list[int], target: int) -> dict:
@@ -56,10 +59,19 @@ def pool() -> Iterator[VerifierPool]:
         yield pool
 
 
+@pytest.fixture(scope="module")
+def executing() -> Iterator[VerifierPool]:
+    """A pool whose workers run the answers as programs: what hangs, dies and misbehaves does so under the grader."""
+    config = RewardConfig(kind="reasoning_gym", workers=2, timeout_s=3.0, incorrect=-1.0)
+    with VerifierPool(config, "scripts.faults.executing_worker") as pool:
+        pool.grade([(f"value = 1 # {n}", ONE) for n in range(40)])
+        yield pool
+
+
 @pytest.fixture(autouse=True)
 def no_counts_left_over(request: pytest.FixtureRequest) -> None:
-    if "pool" in request.fixturenames:
-        shared = request.getfixturevalue("pool")
+    for name in {"pool", "executing"} & set(request.fixturenames):
+        shared = request.getfixturevalue(name)
         shared.timeouts = shared.restarts = shared.errors = 0
 
 
@@ -70,7 +82,30 @@ def no_counts_left_over(request: pytest.FixtureRequest) -> None:
         (r"Hence \boxed{41}.", "42", False),
         (r"\boxed{1}, no: \boxed{42}", "42", True),
         (r"\boxed{42}, no: \boxed{1}", "42", False),
-        (r"\boxed{42}, no: \boxed{\frac{}", "42", False),
+        (r"\boxed{42}, no: \boxed{\frac{}", "42", True),
+        (r"\boxed{42}, no: \boxed{41}, and \boxed{\frac{", "41", True),
+        (r"\boxed{42}, no: \boxed{41}, and \boxed{\frac{", "42", False),
+        (r"\boxed{42} is in the \boxed environment, as you asked", "42", True),
+        (r"\boxed{42}" + " and so on" * 1000, "42", True),
+        (r"\boxed{x = \boxed{42}}", "42", True),
+        (r"\boxed{\boxed{42}}", "42", True),
+        (r"\boxed{42}, as \boxed{} was asked for", "42", True),
+        (r"\boxed{42} { and } \boxed{", "42", True),
+        (r"\boxed{42}" + r" {on} \{" * 1000 + r"\boxed{", "42", True),
+        (r"\boxed{41}" + r" {on} \{" * 1000 + r"\boxed{42}", "42", True),
+        (r"\fbox{42}", "42", True),
+        (r"so $\boxed 42$", "42", True),
+        (r"so $\boxed 4$", "42", False),
+        (r"so $\boxed\frac12$", "0.5", True),
+        (r"\\boxed{42}", "42", True),
+        (r"\boxed{\left\{ 42 \right\}}", "42", True),
+        (r"\boxed{\text{The answer is } 42}", "42", True),
+        ("So it is.\nAnswer: 42", "42", True),
+        ("So it is.\n**Answer:** $42$\n", "42", True),
+        ("Answer: 41\nOh.\nFinal answer: 42.", "42", True),
+        ("Answer: 42\nOh.\nAnswer: 41", "42", False),
+        (r"Answer: 42, that is \boxed{41}", "42", False),
+        ("A wrong answer: 42 comes first", "42", False),
         (r"\boxed{0.5}", r"\frac{1}{2}", True),
         (r"\boxed{\dfrac{1}{2}}", "$1/2$", True),
         (r"\boxed{\{2, 1\}}", r"\{1, 2\}", True),
@@ -129,35 +164,31 @@ def test_equal_texts_share_a_grade_only_within_one_verifier(pool: VerifierPool) 
     assert pool.grade(items) == [RIGHT, WRONG, RIGHT, WRONG]
 
 
-def test_a_hanging_grader_is_killed_once_and_others_survive(pool: VerifierPool) -> None:
-    pool.grade([("4+7+11", SUM_22), ("1", SUM_22)])
-    before = set(pool.worker_pids)
-    others = [(f"{n}+22-{n}", SUM_22) for n in range(40)]
-    rewards = pool.grade([(HANGS, SUM_22), *others, (HANGS, SUM_22), ("4+7+11", SUM_22)])
+def test_a_hanging_grader_is_killed_once_and_others_survive(executing: VerifierPool) -> None:
+    before = set(executing.worker_pids)
+    others = [(f"value = {n} + 2", ONE) for n in range(40)]
+    rewards = executing.grade([(HANGS, ONE), *others, (HANGS, ONE), ("value = 1", ONE)])
     assert rewards == [LOST, *[WRONG] * 40, LOST, RIGHT]
-    assert (pool.timeouts, pool.restarts) == (1, 1)
-    killed = before - set(pool.worker_pids)
-    assert len(killed) == 1
-    with pytest.raises(ProcessLookupError):
-        os.kill(killed.pop(), 0)
+    assert (executing.timeouts, executing.restarts) == (1, 1)
+    assert set(executing.worker_pids) == before  # only the process under the answer was replaced
 
 
-def test_a_grader_that_ends_its_process_costs_only_its_item(pool: VerifierPool) -> None:
-    assert pool.grade([("4+7+11", SUM_22), (DIES, SUM_22), ("7+4+11", SUM_22)]) == [RIGHT, LOST, RIGHT]
-    assert (pool.timeouts, pool.restarts) == (0, 1)
+def test_a_grader_that_ends_its_process_costs_only_its_item(executing: VerifierPool) -> None:
+    assert executing.grade([("value = 1", ONE), (DIES, ONE), ("value=1", ONE)]) == [RIGHT, LOST, RIGHT]
+    assert (executing.timeouts, executing.restarts) == (0, 1)
 
 
-def test_memory_is_limited_and_side_effects_are_refused(pool: VerifierPool, tmp_path: Path) -> None:
+def test_memory_is_limited_and_side_effects_are_refused(executing: VerifierPool, tmp_path: Path) -> None:
     target = tmp_path / "written"
     hostile = [
         "[0]*10**11",
         f"open('{target}', 'w')",
-        f"__import__('os').system('touch {target}')",
-        f"__import__('os').kill({os.getpid()}, 0) or 22",
+        f"import os; os.system('touch {target}')",
+        f"import os; os.kill({os.getpid()}, 0); value = 1",
     ]
-    assert pool.grade([(text, SUM_22) for text in hostile]) == [WRONG] * len(hostile)
+    assert executing.grade([(text, ONE) for text in hostile]) == [WRONG] * len(hostile)
     assert not target.exists()
-    assert (pool.timeouts, pool.restarts) == (0, 0)
+    assert (executing.timeouts, executing.restarts, executing.errors) == (0, 0, 4)
 
 
 def test_a_worker_that_died_between_batches_costs_nothing(pool: VerifierPool) -> None:
@@ -169,18 +200,28 @@ def test_a_worker_that_died_between_batches_costs_nothing(pool: VerifierPool) ->
     assert (pool.timeouts, pool.restarts) == (0, 2)
 
 
-def test_a_failed_batch_leaves_nothing_behind(pool: VerifierPool) -> None:
-    unpicklable = {"task": "countdown", "entry": lambda: None}
+def test_a_failed_batch_leaves_nothing_behind(executing: VerifierPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = executing.worker_pids
     with pytest.raises(Exception, match="pickle"):
-        pool.grade([("1+1", SUM_22), ("4+7+11", unpicklable)])
-    assert pool.worker_pids == []
-    assert pool.grade([("4+7+11", SUM_22), ("1", SUM_22)]) == [RIGHT, WRONG]
+        executing.grade([("value = 1", ONE), ("value = 1", {"answer": lambda: None})])
+    assert executing.worker_pids == before  # nothing had been sent
+
+    def interrupted(correct: bool, timed_out: bool = False) -> Reward:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(executing, "_reward", interrupted)
+        executing.grade([(f"value = {n}", ONE) for n in range(40)])
+    assert executing.worker_pids == []
+    assert executing.grade([("value = 1", ONE), ("value = 2", ONE)]) == [RIGHT, WRONG]
 
 
 def test_workers_are_light(pool: VerifierPool) -> None:
     pool.grade([("4+7+11", SUM_22)])
-    for pid in pool.worker_pids:
-        assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
+    processes = [process for pid in pool.worker_pids for process in psutil.Process(pid).children(recursive=True)]
+    assert processes
+    for process in processes:
+        assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
 
 
 def test_the_trainer_side_imports_no_verifier() -> None:
@@ -193,35 +234,37 @@ def test_workers_do_not_inherit_secrets(monkeypatch: pytest.MonkeyPatch) -> None
     assert "secret" not in _worker_environment().values()
 
 
-def test_a_worker_killed_from_outside_and_a_raising_math_grader() -> None:
+def test_of_a_math_response_the_box_counts_and_a_grader_that_raises_is_counted() -> None:
     config = RewardConfig(kind="math", workers=1, timeout_s=60.0, answer_chars=20, incorrect=-1.0)
     reference = {"answer": "42"}
     with VerifierPool(config) as pool:
-        cut_off = r"\boxed{42} and a tail"
-        assert pool.grade([(r"so \boxed{42}", reference), (cut_off, reference), ("", reference)]) == [
-            RIGHT,
-            WRONG,
-            WRONG,
-        ]
+        responses = {
+            r"so \boxed{42}": RIGHT,
+            r"\boxed{42} and a tail of more than twenty characters": RIGHT,
+            "So we are done.\nAnswer: 42": RIGHT,
+            "Answer: 42\nand a tail of more than twenty characters": WRONG,
+            "": WRONG,
+        }
+        assert pool.grade([(response, reference) for response in responses]) == list(responses.values())
         assert pool.grade([(r"\boxed{42}", {}), (r"\boxed{42}", reference)]) == [WRONG, RIGHT]
         assert pool.errors == 1
+        last = psutil.Process(pool.worker_pids[0])
+        last = [last, *last.children(recursive=True)]
+    assert len(last) == 3
+    assert not any(is_running(process.pid) for process in last)
 
-        worker = pool._workers[0]
 
-        def kill_when_busy() -> None:
-            while not worker.assigned:
-                time.sleep(0.01)
-            os.kill(worker.pid, signal.SIGKILL)
+def test_a_worker_killed_from_outside_costs_the_item_under_it(executing: VerifierPool) -> None:
+    def kill_when_busy() -> None:
+        while not (busy := [worker for worker in executing._workers if 0 in worker.assigned]):
+            time.sleep(0.01)
+        os.kill(busy[0].pid, signal.SIGKILL)
 
-        killer = threading.Thread(target=kill_when_busy, daemon=True)
-        killer.start()
-        rewards = pool.grade([(r"\boxed{9^{9^{9^9}}}", reference), (r"\boxed{42}", reference)])
-        killer.join()
-        assert rewards == [LOST, RIGHT]
-        assert (pool.timeouts, pool.restarts) == (0, 1)
-        last = pool.worker_pids
-    assert len(last) == 1
-    assert not is_running(last[0])
+    killer = threading.Thread(target=kill_when_busy, daemon=True)
+    killer.start()
+    assert executing.grade([(HANGS, ONE), ("value = 1", ONE)]) == [LOST, RIGHT]
+    killer.join()
+    assert (executing.timeouts, executing.restarts) == (0, 1)
 
 
 def test_workers_that_cannot_start_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,15 +274,14 @@ def test_workers_that_cannot_start_are_reported(monkeypatch: pytest.MonkeyPatch)
 
 
 ORPHANING_PARENT = """
-import os
+import os, pickle, psutil
 from megatron_reheat.config import RewardConfig
-from megatron_reheat.rewards.pool import _Worker
-config = RewardConfig(kind="reasoning_gym", timeout_s=0.1)
-verifier = {"task": "countdown", "entry": {"metadata": {"numbers": [1], "target": 1}}}
-idle, stuck = _Worker(config), _Worker(config)
-assert idle.receive() == stuck.receive() == b"ready"
-stuck.send([0], [("9**9**9**9", verifier)])
-print(idle.pid, stuck.pid, flush=True)
+from megatron_reheat.rewards import pool
+config = RewardConfig(kind="reasoning_gym", timeout_s=100.0)
+idle, stuck = (pool._Worker(config, "scripts.faults.executing_worker") for _ in range(2))
+assert idle.receive().startswith(b"ready") and stuck.receive().startswith(b"ready")
+stuck.send([0], [("while True: pass", pickle.dumps({"answer": 1}))], 0)
+print(*(process.pid for process in psutil.Process().children(recursive=True)), flush=True)
 os._exit(9)
 """
 
@@ -247,6 +289,6 @@ os._exit(9)
 def test_workers_end_with_their_parent_idle_or_stuck() -> None:
     parent = subprocess.run([sys.executable, "-c", ORPHANING_PARENT], stdout=subprocess.PIPE, text=True, check=False)
     assert parent.returncode == 9
-    idle, stuck = map(int, parent.stdout.split())
-    assert ends(idle)
-    assert ends(stuck)
+    processes = [int(pid) for pid in parent.stdout.split()]
+    assert len(processes) == 6  # of each worker: its keeper, its supervisor and its grader
+    assert all(ends(pid) for pid in processes)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,22 @@ def make_group(*, graded: bool) -> Group:
     return Group(Prompt(3, "what is <1+1>?", (1, 2), {"answer": "2"}), completions, rewards)
 
 
+def test_metrics_are_on_the_disk_before_a_checkpoint_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(tmp_path / "run")
+    synced: list[tuple[int, int]] = []
+
+    def record(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        synced.append((status.st_ino, status.st_size))
+
+    with RunLogger(make_config(), run, is_main=True, start_step=0) as logger:
+        logger.log_event("a line")
+        monkeypatch.setattr(os, "fsync", record)
+        logger.sync()
+    status = run.metrics.stat()
+    assert synced == [(status.st_ino, status.st_size)] and status.st_size > 0
+
+
 def test_rollouts_are_written_one_completion_a_line(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
 
@@ -187,6 +205,66 @@ def test_rollouts_are_written_one_completion_a_line(tmp_path: Path) -> None:
     ungraded = [json.loads(line) for line in run.rollouts(13).read_text("utf-8").splitlines()]
     assert [r["reward"] for r in ungraded] == [None, None]
     assert not run.rollouts(14).exists()
+
+
+class FullDisk:
+    """A file on a disk with room for `room` bytes more."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self._file, self._room = file, room
+
+    def write(self, data: bytes) -> int:
+        if not self._room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self._file.write(data[: self._room])
+        self._room -= written
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@pytest.mark.parametrize("room", [0, 1, 40])
+def test_metrics_on_a_full_disk_are_one_sentence_and_no_half_line(room: int, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    with (
+        pytest.raises(ReheatError) as failure,
+        RunLogger(make_config(), run, is_main=True, start_step=0) as logger,
+    ):
+        logger.log_step(record(1))
+        whole = run.metrics.read_bytes()
+        logger._file = FullDisk(logger._file, room)
+        logger.log_step(record(2))
+    assert str(failure.value).startswith(f"cannot write {run.metrics}: No space left on device; make room there")
+    assert run.metrics.read_bytes() == whole
+    log_steps(tmp_path, range(2, 3), start_step=1)
+    assert steps_of(tmp_path) == [1, 2]
+
+
+def test_rollouts_on_a_full_disk_are_one_sentence_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = RunFolder(tmp_path)
+    with RunLogger(make_config(), run, is_main=True, start_step=0) as logger:
+        logger.write_rollouts(1, [make_group(graded=True)], str, limit=1)
+        monkeypatch.setattr(os, "fsync", refuse)
+        with pytest.raises(ReheatError, match=r"step-000002\.jsonl: No space left on device; make room there"):
+            logger.write_rollouts(2, [make_group(graded=True)], str, limit=1)
+    assert [path.name for path in (tmp_path / "rollouts").iterdir()] == ["step-000001.jsonl"]
+
+
+def test_a_full_disk_at_the_start_leaves_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = log_steps(tmp_path, range(1, 6))
+    whole = run.metrics.read_bytes()
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(ReheatError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
+        log_steps(tmp_path, range(4, 6), start_step=3)
+    assert run.metrics.read_bytes() == whole and not list(tmp_path.glob("*.tmp"))
 
 
 def test_console_is_aligned_plain_and_fits(tmp_path: Path) -> None:

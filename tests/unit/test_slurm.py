@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from megatron_reheat import cli, stop_request
+from megatron_reheat.cluster.notice import seconds_of
+from megatron_reheat.cluster.preflight import make_estimate
 from megatron_reheat.cluster.slurm import TEMPLATE, Job, JobRequest, make_job, submit, write_job
 from megatron_reheat.config import load_config
 from megatron_reheat.errors import ConfigError, ReheatError
+from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
@@ -98,7 +101,9 @@ def test_rollout_nodes_are_a_second_part(request_: JobRequest) -> None:
     assert "--servers 4" in job.script and 'trap "" TERM; exec' in job.script and "@@" not in job.script
     assert "--servers 1 " in make_job(replace(wanted, servers_per_node=1)).script
     assert "--servers 1 " in make_job(replace(wanted, cpu_tasks=2)).script
-    assert job.script.index("srun --het-group=1") < job.script.index("cluster.launch") < job.script.index("scancel --")
+    assert (
+        job.script.index("srun --het-group=1") < job.script.index("cluster.launch") < job.script.index("&& scancel --")
+    )
 
 
 def test_the_trainer_is_told_of_every_server(request_: JobRequest, tmp_path: Path) -> None:
@@ -217,6 +222,111 @@ def test_a_template_without_a_place_for_the_servers_is_refused(request_: JobRequ
         make_job(replace(request_, template=template, rollout_nodes=1, overrides=SERVERS))
 
 
+# -- memory, and the notice before the end ----------------------------------------------------------------------------
+
+TOO_LARGE = ["model.hf_path=Qwen/Qwen3-4B-Base", "parallel.microbatch_tokens=16384", "rollout.max_tokens=8192"]
+FITS = [*TOO_LARGE, "model.recompute=full"]
+
+
+def test_what_does_not_fit_the_gpus_is_not_submitted(request_: JobRequest) -> None:
+    with pytest.raises(ConfigError, match=r"first: about 90\.2 GiB are needed on a h100-80g of 79.1; set ") as error:
+        make_job(replace(request_, overrides=TOO_LARGE))
+    assert "model.recompute=full (5" in str(error.value) and "--gpu names another kind, --force" in str(error.value)
+    make_job(replace(request_, overrides=FITS))
+    make_job(replace(request_, overrides=TOO_LARGE, gpu="h200-141g"))
+    with pytest.raises(ConfigError, match=r"leaves a KV cache of 0 tokens"):
+        make_job(replace(request_, overrides=["model.hf_path=Qwen/Qwen3-32B"]))
+    with pytest.raises(ConfigError, match=r"--gpu v100 is not known"):
+        make_job(replace(request_, overrides=FITS, gpu="v100"))
+    make_job(
+        replace(request_, overrides=[*TOO_LARGE, "run.steps=1"], cpu_tasks=2)
+    )  # a node without GPUs has no limit here
+
+
+def test_every_run_of_an_array_must_fit(request_: JobRequest) -> None:
+    second = request_.config.with_name("second.yaml")
+    second.write_text("base: first.yaml\nrun: {name: second}\nmodel: {recompute: none}\n")
+    fits = [*TOO_LARGE, "parallel.tensor=2"]
+    first = "base: first.yaml\nrun: {name: whole}\nmodel: {recompute: full}\n"
+    whole = request_.config.with_name("whole.yaml")
+    whole.write_text(first)
+    make_job(replace(request_, config=whole, overrides=fits))
+    with pytest.raises(ConfigError, match=r"^second: about "):
+        make_job(replace(request_, config=whole, overrides=fits, arms=[second]))
+
+
+def test_force_submits_and_starts_it_all_the_same(request_: JobRequest, tmp_path: Path) -> None:
+    forced = replace(request_, overrides=TOO_LARGE, force=True)
+    assert '-m megatron_reheat train --force "${run[@]}" &' in make_job(forced).script
+    assert '-m megatron_reheat train "${run[@]}" &' in make_job(request_).script
+    template = tmp_path / "site.template"
+    template.write_text(TEMPLATE.read_text().replace("@@{train_options}", ""))
+    with pytest.raises(ConfigError, match=r"site\.template has no @@\{train_options\}, which --force needs"):
+        make_job(replace(forced, template=template))
+
+
+def notice_of(job: Job) -> int:
+    (signal,) = [d for d in directives(job) if d.startswith("signal=")]
+    return int(signal.removeprefix("signal=B:USR1@"))
+
+
+def test_the_notice_is_longer_than_a_step_and_a_save(request_: JobRequest) -> None:
+    wanted = replace(request_, overrides=FITS)
+    estimate = make_estimate(load_config(request_.config, FITS), gpus=16)
+    longest = max(sum(estimate.rl_step().values()), sum(estimate.reheat_step().values()))
+    job = make_job(wanted)
+    assert longest + estimate.save_seconds() < notice_of(job) < 2 * longest + estimate.save_seconds() + 60
+    assert any(f"the notice of {notice_of(job)} s (a step takes about" in note for note in job.notes)
+    # of an array, the longest; another number of prompts takes another time
+    second = request_.config.with_name("second.yaml")
+    second.write_text("base: first.yaml\nrun: {name: second}\nrl: {prompts_per_step: 1024}\n")
+    assert notice_of(make_job(replace(wanted, arms=[second]))) > 2 * notice_of(job)
+    assert notice_of(make_job(replace(wanted, notice_s=7))) == 7
+
+
+def test_without_the_model_there_is_a_notice_and_a_note(request_: JobRequest) -> None:
+    job = make_job(request_)
+    assert notice_of(job) == 120
+    assert "memory and notice are not estimated, because the model is not on this machine" in job.notes[0]
+
+
+def test_a_small_run_on_a_cpu_gets_the_shortest_notice(request_: JobRequest, tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path / "model")
+    recipe = [f"model.hf_path={folder}", "rollout.max_tokens=16", "reheat.max_tokens=16", "data.max_prompt_tokens=16"]
+    assert notice_of(make_job(replace(request_, cpu_tasks=2, overrides=[*recipe, "rl.prompts_per_step=4"]))) == 120
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("90", 5400), ("5:30", 330), ("1:00:00", 3600), ("2-12", 216000), ("1-0:30", 88200), ("1-2:03:04", 93784),
+        ("0", None), ("UNLIMITED", None), ("infinite", None), (None, None),
+    ],
+)  # fmt: skip
+def test_sbatch_forms_of_time(limit: str | None, seconds: int | None) -> None:
+    assert seconds_of(limit) == seconds
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"notice_s": 600, "time": "10"}, ["--requeue-signal-s 600 is not shorter than the job, --time 10 (600 s)"]),
+        ({"time": "2:00"}, ["the notice of 120 s is not", "--time 2:00 (120 s)"]),
+        (
+            {"time": "5:00", "overrides": FITS},
+            ["the notice of", "a step takes about", "--time 5:00 (300 s)", "raise --time"],
+        ),
+        ({"time": "tomorrow"}, ["--time tomorrow is not a time"]),
+        ({"time": "1:2:3:4"}, ["--time 1:2:3:4 is not a time"]),
+    ],
+)
+def test_a_notice_longer_than_the_job_is_refused(request_: JobRequest, change: dict, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_job(replace(request_, **change))
+    assert all(word in str(error.value) for word in words), str(error.value)
+    make_job(replace(request_, **{**change, "time": "10:00:00"}))
+
+
 def test_an_edited_script_is_kept(tmp_path: Path) -> None:
     path, logs = tmp_path / "jobs" / "a.sbatch", tmp_path / "logs"
     write_job(Job("a", "edited"), path, logs)
@@ -263,32 +373,3 @@ def test_there_are_examples_and_a_template() -> None:
     names = {p.name for p in (ROOT / "scripts" / "slurm").iterdir()}
     assert names == {"single_node.sbatch", "multi_node.sbatch", "rollout_nodes.sbatch"}
     assert TEMPLATE.is_file() and '"*.template"' in (ROOT / "setup.py").read_text()
-
-
-def test_a_held_notice_waits_and_is_inherited() -> None:
-    """Python starts, holds the signal, gets it, and neither dies nor loses it; a process it starts survives it too."""
-    code = """
-import os, subprocess, sys
-from megatron_reheat import stop_request
-stop_request.hold_stop_signal()
-assert not stop_request.stop_requested()
-os.kill(os.getpid(), stop_request.STOP_SIGNAL)
-assert stop_request.stop_requested() and stop_request.stop_requested()
-child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-child.send_signal(stop_request.STOP_SIGNAL)
-child.communicate(b"go on\\n")
-sys.exit(child.returncode)
-"""
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0
-
-
-def test_a_launcher_passes_the_notice_on_to_ranks_that_start_later() -> None:
-    code = """
-import os, signal, subprocess, sys
-from megatron_reheat import stop_request
-stop_request.pass_on_stop_signal()
-os.kill(os.getpid(), stop_request.STOP_SIGNAL)
-rank = "import time; from megatron_reheat.stop_request import stop_requested as s\\nwhile not s(): time.sleep(0.05)"
-sys.exit(subprocess.run([sys.executable, "-c", rank], timeout=30).returncode)
-"""
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0

@@ -13,10 +13,13 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from megatron_reheat.config import DataConfig
+from megatron_reheat.data.prompts import load_prompts
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.evaluation.results import EvalOptions, SuiteResult, estimates, print_table, results_table
 from megatron_reheat.evaluation.suites import BOXED, SUITES, TAGGED, SuitePrompts, load_suites
 from megatron_reheat.rewards.graders import GRADERS
+from tests.character_tokenizer import character_tokenizer
 from tests.e2e import runs
 
 # one record in the form of each dataset; the problems are ours
@@ -44,17 +47,7 @@ RIGHT = {
 COUNTDOWN = "reasoning_gym:countdown:{min_numbers: 2, max_numbers: 2, size: 5}"
 
 
-class Tokenizer:
-    """One id a character; the chat template wraps the message, as templates do."""
-
-    chat_template: str | None = "<user>{}</user>"
-
-    def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
-        assert not add_special_tokens
-        return {"input_ids": [[ord(c) % 100 for c in text] for text in texts]}
-
-    def apply_chat_template(self, messages, add_generation_prompt: bool, tokenize: bool) -> str:
-        return "".join(f"<{m['role']}>{m['content']}</{m['role']}>" for m in messages)
+TOKENIZER = character_tokenizer("{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}")
 
 
 def write_jsonl(folder: Path, name: str, records: list[dict[str, Any]]) -> Path:
@@ -65,8 +58,7 @@ def write_jsonl(folder: Path, name: str, records: list[dict[str, Any]]) -> Path:
 
 
 def load(name: str, data_root: Path | None = None, template: str = "raw", limit: int | None = None) -> SuitePrompts:
-    tokenizer: Any = Tokenizer()
-    return load_suites([name], tokenizer, template=template, limit=limit, data_root=data_root)[0]
+    return load_suites([name], TOKENIZER, template=template, limit=limit, data_root=data_root)[0]
 
 
 def refused(*arguments: Any, **options: Any) -> str:
@@ -110,11 +102,46 @@ def test_templates(tmp_path: Path) -> None:
     assert load("math500", root, "{subject}: {problem} =").prompts[0].text == "Algebra: What is $1+1$? ="
     assert "--template 'row' must be chat, raw, or a text with {fields}" in refused("math500", root, "row")
     message = refused("math500", root, "{problm}")
-    assert message.startswith("suite math500: --template names 'problm', which record 0 lacks; available: answer, ")
+    assert message.startswith(
+        f"suite math500: --template names 'problm', which record 0 of {root / 'math500'} lacks; available: answer, "
+    )
+
+
+def test_raw_prompts_begin_like_those_of_training(tmp_path: Path) -> None:
+    root = write_jsonl(tmp_path, "math500", [RECORDS["math500"]])
+    llama: Any = character_tokenizer(adds="<bos> $A")
+    trained = load_prompts(DataConfig(path=str(root / "math500" / "test.jsonl"), raw_template="{problem}"), llama)[0]
+    for template in ("raw", "{problem}", "<bos>{problem}"):
+        prompt = load_suites(["math500"], llama, template=template, data_root=root)[0].prompts[0]
+        assert prompt.token_ids[: len(trained.token_ids)] == trained.token_ids
+        assert prompt.token_ids.count(llama.bos_token_id) == 1
+
+
+def test_arguments_of_the_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_jsonl(tmp_path, "math500", [RECORDS["math500"]])
+    template = "{{ messages[0].content }}{% if enable_thinking is false %}<think></think>{% endif %}"
+    monkeypatch.setattr(TOKENIZER, "chat_template", template)
+
+    def load_chat(kwargs: str, template: str = "chat") -> SuitePrompts:
+        return load_suites(["math500"], TOKENIZER, template=template, chat_template_kwargs=kwargs, data_root=root)[0]
+
+    assert load_chat("").prompts[0].text == f"What is $1+1$?{BOXED}"
+    assert load_chat("{enable_thinking: false}").prompts[0].text == f"What is $1+1$?{BOXED}<think></think>"
+    (note,) = load_chat("{enable_thinkin: false}").notes
+    assert note == "the chat template does not know 'enable_thinkin' of --chat-template-kwargs"
+    with pytest.raises(ConfigError, match=r"--chat-template-kwargs 'off' are not a YAML mapping; write \{enable_"):
+        load_chat("off")
+    with pytest.raises(ConfigError, match=r"--chat-template-kwargs needs --template chat"):
+        load_chat("{enable_thinking: false}", template="raw")
+    monkeypatch.setattr(TOKENIZER, "chat_template", "{{ raise_exception('no\nusers here') }}")
+    assert refused("math500", root, "chat") == (
+        f"suite math500: --template chat: the chat template of the tokenizer does not render record 0 of "
+        f"{root / 'math500'} (roles: user): no users here"
+    )
 
 
 def test_the_chat_template_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tokenizer, "chat_template", None)
+    monkeypatch.setattr(TOKENIZER, "chat_template", None)
     root = write_jsonl(tmp_path, "math500", [RECORDS["math500"]])
     assert refused("math500", root, "chat").endswith("has no chat template; use --template raw")
 
@@ -132,7 +159,7 @@ def test_gpqa_options_are_permuted_the_same_way_every_time(tmp_path: Path) -> No
     for prompt, letter in zip(prompts, letters, strict=True):
         options = dict(line.split(") ", 1) for line in prompt.text.splitlines() if line[1:3] == ") ")
         assert sorted(options.values()) == ["gold", "iron", "lead", "neon"] and options[letter] == "neon"
-        for form in ("{}", "\\text{{{}}}", "({})"):
+        for form in ("{}", "\\text{{{}}}", "({})", "{}) neon", "\\text{{({}) neon}}", "\\textbf{{{}.}} $10^{{-5}}$ m"):
             for other in "ABCD":
                 graded = GRADERS["math"](f"\\boxed{{{form.format(other)}}}", prompt.verifier)
                 assert graded == float(other == letter)
@@ -155,6 +182,14 @@ def test_gpqa_from_the_hub_says_that_it_is_gated() -> None:
         "suite gpqa_diamond: data.name Idavidrein/gpqa, data.split train: cannot load this dataset"
     )
     assert "accept its terms at https://huggingface.co/datasets/Idavidrein/gpqa and log in (`hf auth login`)" in message
+
+
+def test_answers_that_no_response_can_give_are_refused(tmp_path: Path) -> None:
+    for i, answer in enumerate((float("nan"), [1, 2], {"value": 1}, True)):
+        root = write_jsonl(tmp_path / str(i), "math500", [RECORDS["math500"] | {"answer": answer}])
+        assert f"column 'answer' in record 0 of {root / 'math500'} " in refused("math500", root)
+    root = write_jsonl(tmp_path / "number", "math500", [RECORDS["math500"] | {"answer": 1e-05}])
+    assert load("math500", root).prompts[0].verifier == {"answer": "0.00001"}
 
 
 # -- reasoning-gym ---------------------------------------------------------------------------------------------------
@@ -194,6 +229,8 @@ def test_a_templates_fields_include_those_of_the_metadata() -> None:
         ("reasoning_gym:countdown:[1]", "options '[1]' are not a YAML mapping"),
         ("reasoning_gym:countdown:{min_number: 1}", "data.options does not fit reasoning-gym task countdown"),
         ("reasoning_gym:countdown:{size: many}", "whole numbers for size and seed"),
+        ("reasoning_gym:countdown:{seed: -1}", "seed from 0 to 4294967295"),
+        ("reasoning_gym:countdown:{from: 2024-02-30}", "from"),  # not a day, and no reason to fail on it as one
     ],
 )  # fmt: skip
 def test_unknown_suites_and_options(name: str, message: str) -> None:
@@ -201,9 +238,8 @@ def test_unknown_suites_and_options(name: str, message: str) -> None:
 
 
 def test_a_suite_named_twice(tmp_path: Path) -> None:
-    tokenizer: Any = Tokenizer()
     with pytest.raises(ConfigError, match=r"--suite reasoning_gym:countdown.* is named twice; name each suite once"):
-        load_suites([COUNTDOWN, COUNTDOWN], tokenizer, template="raw")
+        load_suites([COUNTDOWN, COUNTDOWN], TOKENIZER, template="raw")
 
 
 def test_no_hub_access_names_both_ways_out() -> None:
@@ -219,7 +255,7 @@ def test_local_copies_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "aime25").mkdir()
     assert refused("aime25", tmp_path).endswith("aime25 has no file of .jsonl, .parquet, .csv")
     (tmp_path / "aime25" / "test.jsonl").write_text("\n")
-    assert refused("aime25", tmp_path).endswith("aime25 holds no problems")
+    assert refused("aime25", tmp_path).endswith("test.jsonl holds no records")
     (tmp_path / "aime25" / "test.jsonl").write_text('{"problem": "p", "answer": "1"}\n{"problem"\n')
     assert "test.jsonl:2 is not valid JSON" in refused("aime25", tmp_path)
     (tmp_path / "aime25" / "test.jsonl").unlink()
@@ -249,6 +285,13 @@ def test_a_missing_or_empty_column_is_named(name: str, column: str, tmp_path: Pa
         (["--limit", "0"], "--limit 0 must be at least 1"),
         (["--temperature", "0"], "--temperature 0 is greedy: 8 samples would be the same one; use --n 1"),
         (["--temperature", "3"], "--temperature 3 is outside 0 to 2"),
+        (["--temperature", "0.001"], "--temperature 0.001 is below 0.01, at which vLLM would sample instead"),
+        (["--temperature", "nan"], "--temperature nan is outside 0 to 2"),
+        (["--n", "20000"], "--n 20000 is above vLLM's limit of 16384"),
+        (["--seed", "-1"], "--seed -1 must not be negative"),
+        (["--engine", "mode=server"], "--engine: mode has no part in an evaluation"),
+        (["--engine", "temperature=0.5"], "--engine: temperature has no part in an evaluation"),
+        (["--engine", "max_num_seqs=many"], "--engine: rollout.max_num_seqs: Input should be a valid integer"),
         (["--top-p", "0"], "--top-p 0 must be above 0 and at most 1"),
         (["--engine", "enforce_eagr=1"], "--engine: rollout.enforce_eagr: unknown key; did you mean 'enforce_eager'?"),
         (["--suite", "math501"], "unknown suite 'math501'; did you mean 'math500'?"),

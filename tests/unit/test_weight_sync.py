@@ -14,7 +14,8 @@ import torch
 
 from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import EngineDied, WeightSyncError
-from megatron_reheat.rollout.child_process import PACKAGE_ROOT, ChildProcess
+from megatron_reheat.rollout.child_process import ChildProcess
+from megatron_reheat.rollout.module_process import PACKAGE_ROOT
 from megatron_reheat.rollout.packed import Entry, digest
 from megatron_reheat.rollout.weight_buffer import HostBuffer, OpenBuffer
 from megatron_reheat.rollout.weight_sync import WeightSync, check_mismatch, mismatch

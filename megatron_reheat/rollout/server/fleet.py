@@ -1,6 +1,8 @@
 """`server` mode: vLLM servers that all replicas share, over HTTP; the first replica's leader feeds them weights.
 
-Prompts go to whichever server has room. A server that fails is left out until the next weight sync, which restarts it.
+Prompts go to whichever server has room. A server that fails is left out until the next weight sync, which restarts it. One
+that was started again by somebody else has failed too: every answer tells which weights it was sampled with, and only those
+of the weights that were sent count.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from megatron_reheat.rollout.engine import SyncReport
 from megatron_reheat.rollout.server.client import ServerClient
 from megatron_reheat.rollout.server.sender import Named
 from megatron_reheat.rollout.server.servers import Servers
-from megatron_reheat.rollout.server.weights import ServerWeights
+from megatron_reheat.rollout.server.weights import FRESH, ServerWeights, lost_weights, other_weights
 from megatron_reheat.rollout.wire import SampleRequest
 from megatron_reheat.types import Completion, SamplingParams
 
@@ -59,7 +61,8 @@ class ServerFleet:
 
     @property
     def policy_version(self) -> int | None:
-        return self._policy_version
+        """None while a server is known to have failed: it holds no weights."""
+        return None if self._servers.dead else self._policy_version
 
     def adopt(self, version: int) -> None:
         """The leading fleet has given the servers the weights of `version`."""
@@ -72,6 +75,7 @@ class ServerFleet:
     def restart(self) -> None:
         if self._weights is None:
             return
+        self._policy_version = None
         self._weights.disconnect()
         self._servers.restart()
 
@@ -88,15 +92,15 @@ class ServerFleet:
         check_params(params, n, self._vocab_size)
         context = min(info.max_model_len for info in self._servers.info.values())
         request = SampleRequest.pack(check_prompts(prompts, context, self._vocab_size), params, n, seed)
-        answers = self._servers.network.run(self._generate_all(_bodies(request), n))
         label = self._weights_label(version)
+        answers = self._servers.network.run(self._generate_all(_bodies(request), n, label))
         return [_completions(answer, label, version, n, params.temperature) for answer in answers]
 
     def update_weights(self, tensors: Iterable[Named], version: int, verify: bool) -> SyncReport:
         assert self._weights is not None
         self._policy_version = None
         tensors = iter(tensors)
-        started = time.perf_counter()
+        started = time.monotonic()
         try:
             self.wait_ready()
             for error in self._servers.dead.values():
@@ -110,7 +114,7 @@ class ServerFleet:
             raise failure from None
         self._policy_version = version
         num_tensors, num_bytes, verified = sent
-        return SyncReport(version, num_tensors, num_bytes, time.perf_counter() - started, verified)
+        return SyncReport(version, num_tensors, num_bytes, time.monotonic() - started, verified)
 
     def sleep(self) -> None:
         """Servers have devices of their own: there is nothing to give back."""
@@ -128,14 +132,16 @@ class ServerFleet:
 
     def _update_failure(self, error: Exception) -> ReheatError:
         """A server that is gone can be replaced; what a living one says of the weights is for the user."""
-        if isinstance(error, ConfigError):
+        if isinstance(error, ConfigError | WeightSyncError):
             return error
+        if isinstance(error, EngineDied) or not isinstance(error, ReheatError):
+            self._servers.find_dead()
         for death in self._servers.dead.values():
             return death
         return WeightSyncError(str(error))
 
-    async def _generate_all(self, bodies: Sequence[dict[str, Any]], n: int) -> list[dict[str, Any]]:
-        """The answer to each body; bodies of a server that fails go to the others."""
+    async def _generate_all(self, bodies: Sequence[dict[str, Any]], n: int, label: str) -> list[dict[str, Any]]:
+        """The answer to each body; bodies of a server that fails, or has lost the weights `label`, go to the others."""
         answers: list[Any] = [None] * len(bodies)
         waiting = deque(range(len(bodies)))
         dead = self._servers.dead
@@ -144,7 +150,10 @@ class ServerFleet:
             while waiting and client.url not in dead:
                 index = waiting.popleft()
                 try:
-                    answers[index] = await client.post("inference/v1/generate", bodies[index])
+                    answer = await client.post("inference/v1/generate", bodies[index])
+                    if self._has_lost(answer, label):
+                        raise lost_weights(client)
+                    answers[index] = answer
                 except EngineDied as error:
                     waiting.appendleft(index)
                     dead[client.url] = error
@@ -158,6 +167,12 @@ class ServerFleet:
             # in turns, so that a few prompts spread over all servers
             await asyncio.gather(*(work(client) for _ in range(per_server) for client in alive))
         return answers
+
+    def _has_lost(self, answer: dict[str, Any], label: str) -> bool:
+        """Whether the server that answered must be sent its weights again: those of another run are not ours to replace."""
+        labels = set().union(*map(_labels, answer["choices"]))
+        ours = [held == FRESH or held.startswith(f"{self._label}-") for held in labels]
+        return labels != {label} and bool(ours) and all(ours)
 
 
 def new_label() -> str:
@@ -185,6 +200,11 @@ def _bodies(request: SampleRequest) -> list[dict[str, Any]]:
     ]
 
 
+def _labels(choice: dict[str, Any]) -> set[str]:
+    """Of the weights that sampled it: vLLM's engine labels every token."""
+    return {span["version"] for span in choice.get("weight_versions") or ()}
+
+
 def _completions(answer: dict[str, Any], label: str, version: int, n: int, temperature: float) -> list[Completion]:
     """
     Raises:
@@ -193,12 +213,9 @@ def _completions(answer: dict[str, Any], label: str, version: int, n: int, tempe
     completions = []
     for choice in sorted(answer["choices"], key=lambda choice: choice["index"]):
         tokens, logprobs = choice["token_ids"], choice["logprobs"]["content"]
-        labels = {span["version"] for span in choice.get("weight_versions") or ()}
+        labels = _labels(choice)
         if labels != {label}:
-            raise WeightSyncError(
-                f"a server sampled with weights {sorted(labels)} instead of {label}: another run, or a restart behind "
-                "our back, changed them; give every run servers of its own"
-            )
+            raise other_weights(sorted(labels), label)
         if choice["finish_reason"] not in ("stop", "length") or len(logprobs) != len(tokens):
             raise ReheatError(f"vLLM ended a request with finish_reason {choice['finish_reason']!r}")
         completions.append(

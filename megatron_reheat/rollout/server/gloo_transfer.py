@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 from megatron_reheat.rollout.packed import Entry, read_tensor
 from megatron_reheat.rollout.reload import WeightLoader
 from megatron_reheat.rollout.server.gloo_group import GlooGroup, make_store
+from megatron_reheat.rollout.server.sender import address_towards
 
 
 @dataclass
@@ -54,7 +55,8 @@ class GlooWeightTransfer(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
         i = init_info
         store = make_store(i.master_port, i.world_size, i.timeout_s, host=i.master_address, is_master=False)
-        self._group = GlooGroup(store, rank, i.world_size, i.timeout_s)
+        address = address_towards(i.master_address)
+        self._group = GlooGroup(store, rank, i.world_size, i.timeout_s, address=address)
 
     def start_weight_update(self) -> None:
         self._loader.begin()

@@ -19,7 +19,6 @@ from megatron_reheat.ports import free_port
 from megatron_reheat.rollout.packed import aligned, write_tensor
 from megatron_reheat.rollout.server.gloo_group import GlooGroup, make_store
 
-NCCL_BACKEND = "nccl"
 NCCL_POLL_S = 0.0005
 Named = tuple[str, torch.Tensor]
 
@@ -87,7 +86,7 @@ class GlooSender:
         }
 
     def join(self) -> None:
-        self._group = GlooGroup(self._store, 0, self._world_size, self._timeout_s)
+        self._group = GlooGroup(self._store, 0, self._world_size, self._timeout_s, address=self._address)
 
     def pack(self, tensors: Sequence[Named], verify: bool) -> tuple[dict[str, Any], Sequence[torch.Tensor]]:
         block = torch.empty(sum(aligned(t.nbytes) for _, t in tensors), dtype=torch.uint8)
@@ -173,8 +172,8 @@ class NcclSender:
             self._communicator = None
 
 
-def address_towards(host: str) -> str:
-    """This machine's address as `host` sees it, without sending anything.
+def address_towards(host: str, key: str = "rollout.servers") -> str:
+    """This machine's address as `host` sees it, without sending anything. `key` of the recipe names the host, for errors.
 
     Raises:
         ConfigError: the name does not resolve or has no route.
@@ -185,4 +184,4 @@ def address_towards(host: str) -> str:
             probe.connect(target)
             return probe.getsockname()[0]
     except OSError as error:
-        raise ConfigError(f"rollout.servers: {host} cannot be reached from here: {error}") from None
+        raise ConfigError(f"{key}: {host} cannot be reached from here: {error}") from None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from urllib.parse import urlsplit
 
 from megatron_reheat.config import RolloutConfig
-from megatron_reheat.errors import ConfigError, EngineDied, ReheatError
+from megatron_reheat.errors import ConfigError, EngineDied, EngineStuck, ReheatError, WeightSyncError
 from megatron_reheat.rollout.server.client import ServerClient
 from megatron_reheat.rollout.server.sender import GlooSender, Named, NcclSender, WeightSender, address_towards
 from megatron_reheat.rollout.server.servers import Servers
@@ -18,6 +18,7 @@ NO_UPDATE = "start_weight_update must be called"  # in what vLLM answers to weig
 # for members to meet, and for one bucket; vLLM's NCCL group has the same
 GROUP_TIMEOUT_S = 300.0
 UNFINISHED = "unfinished"  # weight label of a server between the start of an update and its end
+FRESH = "default"  # vLLM's own, of a server that was sent nothing since it started
 
 
 class ServerWeights:
@@ -29,14 +30,18 @@ class ServerWeights:
         self._on_cpu = on_cpu
         self._sender: WeightSender | None = None
         self._updating = False
+        self._label: str | None = None
 
     def update(self, tensors: Iterator[Named], label: str, verify: bool) -> tuple[int, int, bool]:
         """Returns the numbers of tensors and bytes sent, and whether digests were compared.
 
         Raises:
-            EngineDied: a server failed; `servers.dead` says whether it is gone.
+            EngineDied: a server failed, or lost its weights; `servers.dead` says which are of no use.
+            WeightSyncError: another run has given one its own.
             RuntimeError: the transfer itself failed.
         """
+        if self._sender is not None:
+            self._check_members()
         sender, post = self._connect(), self._servers.post
         verify = verify and sender.can_verify
         post("update_weight_version", {"new_version": UNFINISHED}).result()
@@ -59,6 +64,7 @@ class ServerWeights:
             post("update_weights", {"update_info": sender.last_info}).result()
         post("finish_weight_update", {"weight_version": label}).result()
         self._updating = False
+        self._label = label
         post("reset_prefix_cache").result()
         post("resume").result()
         return num_tensors, num_bytes, verify
@@ -73,43 +79,65 @@ class ServerWeights:
         if sender is None:
             return
         sender.close()
+        run, dead = self._servers.network.run, self._servers.dead
         for client in self._servers.alive:
+            if updating and not sender.can_retry:
+                dead[client.url] = EngineStuck(f"vLLM server {client.url} was left with half of its weights replaced")
+                continue
             try:
                 if updating:
-                    self._give_up(client, sender)
-                self._servers.network.run(client.post("shutdown_weight_transfer_engine"))
+                    # vLLM has no way to give an update up but one that fails
+                    with contextlib.suppress(ReheatError):
+                        run(client.post("update_weights", {"update_info": {"given_up": True}}))
+                run(client.post("shutdown_weight_transfer_engine"))
             except ReheatError as error:
-                self._servers.dead[client.url] = EngineDied(f"{error}; it has to be started again")
+                dead[client.url] = EngineStuck(f"{error}; it has to be started again")
+
+    def _check_members(self) -> None:
+        """A server that was started again since the last update has left the group.
+
+        Raises:
+            EngineDied: some have.
+            WeightSyncError: another run has given one its own weights.
+        """
+        for client in self._servers.alive:
+            held = self._servers.network.run(client.weights_label())
+            if held == FRESH:
+                self._servers.dead[client.url] = lost_weights(client)
+            elif held != self._label:
+                raise other_weights([held], self._label)
+        for death in self._servers.dead.values():
+            raise death
 
     def _clear_servers(self, sender: WeightSender) -> None:
         """Takes back what a trainer that ended without a word left on servers that are not ours.
 
         Raises:
-            ConfigError: a server was left in the middle of an update and cannot take another.
+            EngineStuck: a server does not answer, or was left in the middle of an update and cannot take another.
+            ConfigError: so was one that cannot be told to end.
         """
         for client in self._servers.alive:
             try:
                 self._servers.network.run(client.post("update_weights", {"update_info": {"given_up": True}}))
+            except EngineStuck as error:
+                self._servers.dead[client.url] = error
+                continue
             except ReheatError as error:
                 if NO_UPDATE not in str(error) and not sender.can_retry:
-                    raise ConfigError(
-                        f"rollout.servers: {client.url} was left in the middle of a weight update; start it again"
-                    ) from None
+                    left = f"{client.url} was left in the middle of a weight update"
+                    if self._servers.info[client.url].shape is None:  # not a server of `reheat`
+                        raise ConfigError(f"{self._servers.key}: {left}; start it again") from None
+                    self._servers.dead[client.url] = EngineStuck(left)
             with contextlib.suppress(ReheatError):
                 self._servers.network.run(client.post("shutdown_weight_transfer_engine"))
-
-    def _give_up(self, client: ServerClient, sender: WeightSender) -> None:
-        if not sender.can_retry:
-            raise EngineDied(f"vLLM server {client.url} was left with half of its weights replaced")
-        # vLLM has no way to give an update up but one that fails
-        with contextlib.suppress(ReheatError):
-            self._servers.network.run(client.post("update_weights", {"update_info": {"given_up": True}}))
+        for death in self._servers.dead.values():
+            raise death
 
     def _connect(self) -> WeightSender:
         if self._sender is not None:
             return self._sender
         info = self._servers.info
-        addresses = [address_towards(urlsplit(url).hostname or "") for url in info]
+        addresses = [address_towards(urlsplit(url).hostname or "", self._servers.key) for url in info]
         # where any server is on another machine, that machine's view of us is the one that all can use
         address = next((a for a in addresses if not a.startswith("127.")), addresses[0])
         offsets, next_offset = {}, 1
@@ -130,6 +158,17 @@ class ServerWeights:
         _take_part(sender.join, joined)
         joined.result()
         return sender
+
+
+def lost_weights(client: ServerClient) -> EngineDied:
+    return EngineDied(f"vLLM server {client.url} was started again and has lost its weights")
+
+
+def other_weights(labels: Sequence[str], expected: str | None) -> WeightSyncError:
+    return WeightSyncError(
+        f"a server holds weights {sorted(labels)} instead of {expected}: another run, or somebody, changed them; give every "
+        "run servers of its own"
+    )
 
 
 def _has_failed(answer: Future[None]) -> bool:

@@ -1,0 +1,244 @@
+"""Every method on the same task from the same warm start, each alone and with reheating: who keeps the entropy, at what price?
+
+    python -m examples.entropy_arena.arena [--methods grpo rlrt] [--seeds 0 1 2] [--steps 200] [--quick] [--jobs 2] [--table]
+
+A warm start is trained once for each seed; all runs of that seed fork from it. Runs are dealt out to `--jobs` processes, one on
+each core, in which they take turns on one vLLM engine. The same command again repeats nothing that is finished, and continues
+what was cut off from its last checkpoint. A run that fails is on record as such, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from examples.countdown_cpu.demo import make_inputs
+from examples.countdown_cpu.make_model import make_model, make_tokenizer
+from examples.entropy_arena.recipes import RECIPES, ROOT, Sections, moved
+from examples.entropy_arena.results import Result, draw, markdown, measured, read_all
+from megatron_reheat.config import Config
+from megatron_reheat.processes import die_with_parent
+from megatron_reheat.run_folder import RunFolder, read_metrics
+from megatron_reheat.stages.convert import to_hf
+from megatron_reheat.stages.series import RunSeries
+
+HERE = Path(__file__).parent
+TRUNK, EXPLORER_TRUNK = "trunk", "explorer-trunk"
+STARTS = {
+    TRUNK: "model",
+    EXPLORER_TRUNK: "explorer-start",
+}  # warm starts by name: the random weights that they begin with
+EXPLORER_SEED = 1000  # more than that of the policy, whose weights are others
+# one core a process, so one replica and half of the demo's batch; a checkpoint every half minute or so. Reheating begins
+# earlier than in the demo: a method has a few hundred steps in all.
+ALWAYS: Sections = {
+    "parallel": {"data": 1},
+    "rl": {"prompts_per_step": 32},
+    "controller": {"collapse_below": 0.22, "reheat_to": 0.27},
+    "reward": {"timeout_s": 30},  # a verifier shares its core with trainer and engine
+    "checkpoint": {"every": 50, "keep": 1},
+    "logging": {"console": False, "tensorboard": False, "rollouts_per_step": 0},
+}
+# everything happens within minutes, and nothing is learnt from it
+QUICK: Sections = {
+    "sft": {"steps": 150, "batch_size": 128, "warmup_steps": 10},
+    "rl": {"prompts_per_step": 16, "group_size": 4, "minibatch_prompts": None},
+    "reheat": {"prompts_per_step": 32},
+    "controller": {
+        "collapse_below": 5.0, "reheat_to": 6.0, "runaway_entropy": 9.0, "runaway_jump": 9.0, "smoothing_steps": 2,
+        "max_reheat_steps": 1, "cooldown_steps": 90,
+    },
+    "eval": {"num_samples": 4},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`runs` is where runs and warm starts lie, `results` where what is worth keeping goes."""
+
+    runs: Path
+    results: Path
+    steps: int
+    quick: bool
+
+    def place(self, seed: int) -> Path:
+        return self.runs / f"seed-{seed}"
+
+    def config(self, name: str, seed: int, sections: Sections) -> Config:
+        """A recipe for one seed; `sections` come last."""
+        quick = (QUICK,) if self.quick else ()
+        return moved(name, self.place(seed), ALWAYS, *quick, {"run": {"seed": seed}}, sections)
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What a seed's runs fork from, or what the model that a method samples from besides is made of."""
+
+    seed: int
+    name: str = TRUNK
+
+    def config(self, settings: Settings) -> Config:
+        model = settings.place(self.seed) / STARTS[self.name]
+        return settings.config(
+            "grpo", self.seed, {"model": {"hf_path": str(model)}, "run": {"name": self.name, "steps": 0}}
+        )
+
+    def finish(self, settings: Settings) -> str:
+        return f"seed {self.seed}: {self.name} is trained"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One method, alone or with reheating, from one seed's warm start."""
+
+    method: str
+    reheat: bool
+    seed: int
+
+    def config(self, settings: Settings) -> Config:
+        run = {
+            "name": Path(self.result(settings).file).stem,
+            "steps": settings.steps,
+            "fork_from": str(settings.place(self.seed) / TRUNK),
+        }
+        action = "reheat" if self.reheat else "none"
+        sections: Sections = {"run": run, "controller": {"action": action}}
+        if self.method == "sdpg":  # the recipe's ramps, for as many steps
+            rise = settings.steps // 8
+            sections = {**sections, "rl": {"options": {"warmup_steps": rise, "decay_steps": settings.steps - rise}}}
+        return settings.config(self.method, self.seed, sections)
+
+    def finish(self, settings: Settings) -> str:
+        """Writes the result."""
+        config = self.config(settings)
+        records = [r for r in read_metrics(config.run.path) if "stage" in r and r["step"] > config.sft.steps]
+        result = measured(records, self.result(settings, k=config.eval.num_samples))
+        result.write(settings.results)
+        return f"{result.file}: avg {result.avg:.3f}, pass {result.pass_:.3f}, entropy {result.entropy:.3f}"
+
+    def result(self, settings: Settings, **known: Any) -> Result:
+        """With nothing measured yet."""
+        return Result(self.method, self.reheat, self.seed, settings.steps, **known)
+
+    def is_done(self, settings: Settings) -> bool:
+        """Failures are tried again.
+
+        Raises:
+            SystemExit: the result is of another number of steps.
+        """
+        path = settings.results / self.result(settings).file
+        if not path.exists():
+            return False
+        result = Result.read(path)
+        if result.steps != settings.steps:
+            sys.exit(
+                f"{path} is of {result.steps} steps, not {settings.steps}; give other --results and --runs folders"
+            )
+        return result.error is None
+
+
+Task = WarmStart | Contest
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=sorted(RECIPES), default=sorted(RECIPES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=None, help="after the warm start; 200, with --quick 6")
+    parser.add_argument("--quick", action="store_true", help="a few small steps, to see that everything runs")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes, one on each core")
+    parser.add_argument("--runs", type=Path, help="default: runs/arena, with --quick runs/arena-quick")
+    parser.add_argument("--results", type=Path, help="default: beside this script, with --quick in the runs' folder")
+    parser.add_argument("--table", action="store_true", help="only draw what is there")
+    options = parser.parse_args()
+    runs = (options.runs or ROOT / "runs" / ("arena-quick" if options.quick else "arena")).resolve()
+    results = options.results or (runs / "results" if options.quick else HERE / "results")
+    settings = Settings(runs, results, options.steps or (6 if options.quick else 200), options.quick)
+    if not options.table:
+        contests = [Contest(m, r, s) for s in options.seeds for m in options.methods for r in (False, True)]
+        compete(contests, settings, options.jobs)
+    found = read_all(results)
+    if not found:
+        sys.exit(f"there are no results in {results} yet")
+    text = markdown(found)
+    (results / "table.md").write_text(text)
+    draw(found, results / "arena.png")
+    print(text + f"figure: {results / 'arena.png'}")
+    return int(any(r.error for r in found))
+
+
+def compete(contests: list[Contest], settings: Settings, jobs: int) -> None:
+    """Everything that is not done yet, warm starts first."""
+    left = [contest for contest in contests if not contest.is_done(settings)]
+    seeds = sorted({contest.seed for contest in left})
+    asking = sorted({c.seed for c in left if c.config(settings).rl.samplers})
+    for seed in seeds:
+        make_inputs(settings.place(seed), seed)
+    for seed in asking:
+        start = settings.place(seed) / STARTS[EXPLORER_TRUNK]
+        make_model(EXPLORER_SEED + seed).save_pretrained(start)
+        make_tokenizer().save_pretrained(start)
+    starts = [WarmStart(seed) for seed in seeds] + [WarmStart(seed, EXPLORER_TRUNK) for seed in asking]
+    untrained = [start for start in starts if not is_trained(start, settings)]
+    if jobs == 1 and not asking:
+        share_out([*untrained, *left], settings, jobs)  # one after the other anyway, on one engine
+        return
+    share_out(untrained, settings, jobs)
+    if missing := [start for start in starts if not is_trained(start, settings)]:
+        sys.exit(f"{missing[0].name} of seed {missing[0].seed} failed, and with it all that starts from it")
+    for seed in asking:
+        if not (explorer := settings.place(seed) / "explorer").exists():
+            to_hf(settings.place(seed) / EXPLORER_TRUNK, explorer)
+    share_out(left, settings, jobs)
+
+
+def is_trained(start: WarmStart, settings: Settings) -> bool:
+    config = start.config(settings)
+    return RunFolder(config.run.path).saved_step == config.total_steps
+
+
+def share_out(tasks: Sequence[Task], settings: Settings, jobs: int) -> None:
+    """Returns when all are done or have failed."""
+    cores = sorted(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("spawn")
+    started = [
+        context.Process(target=work, args=(cores[j % len(cores)], tasks[j::jobs], settings, os.getpid()))
+        for j in range(min(jobs, len(tasks)))
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+        if process.exitcode:
+            sys.exit(f"a process ended with status {process.exitcode}; the same command goes on from what is saved")
+
+
+def work(core: int, tasks: Sequence[Task], settings: Settings, parent: int) -> None:
+    """One process's share, on one core."""
+    die_with_parent(parent, "arena", signal.SIGTERM)
+    os.sched_setaffinity(0, {core})
+    with RunSeries(settings.config("grpo", tasks[0].seed, {})) as series:
+        for task in tasks:
+            started = time.monotonic()
+            try:
+                series.train(task.config(settings))
+                said = task.finish(settings)
+            except Exception as error:  # of which a night's work is not to end
+                said = f"{task} failed: {error}"
+                traceback.print_exc()
+                if isinstance(task, Contest):
+                    task.result(settings, error=f"{type(error).__name__}: {error}").write(settings.results)
+            print(f"{said} ({time.monotonic() - started:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

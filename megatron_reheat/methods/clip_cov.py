@@ -1,0 +1,50 @@
+"""Clip-Cov (arXiv 2505.22617, section 4.2): a few of the tokens that would lower the entropy most have no gradient.
+
+Of the tokens whose covariance (`methods.covariance`) lies between two bounds, r N at random are taken out of the clipped loss;
+its denominator stays. r = 2e-4, bounds 1 and 5 are the paper's, for advantages normalised by the group's deviation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from megatron_reheat.config import Config, Section
+from megatron_reheat.losses.policy import SurrogateLoss
+from megatron_reheat.losses.surrogates import without_selected
+from megatron_reheat.methods.covariance import CovarianceMethod
+from megatron_reheat.types import At, Collected, FloatArray, TrainBatch
+
+
+class ClipCov(CovarianceMethod):
+    class Options(Section):
+        fraction: float = Field(
+            default=2e-4, gt=0, le=1, description="r: tokens without a gradient, of all; at least one"
+        )
+        low: float = Field(default=1.0, description="a candidate's covariance is above this")
+        high: float = Field(default=5.0, description="and below this")
+
+    @classmethod
+    def problems(cls, config: Config, options: Any) -> Iterator[str]:
+        if options.low >= options.high:
+            yield f"rl.options.low {options.low:g} is not below rl.options.high {options.high:g}; change one of them"
+
+    def batch(self, collected: Collected, at: At) -> TrainBatch:
+        self._draw = np.random.default_rng(at.seed)
+        return super().batch(collected, at)
+
+    def select(self, covariances: FloatArray) -> np.ndarray:
+        candidates = np.flatnonzero((covariances > self.options.low) & (covariances < self.options.high))
+        self._candidates = len(candidates) / len(covariances)
+        count = min(self.budget(len(covariances)), len(candidates))
+        return self._draw.choice(candidates, count, replace=False)
+
+    def surrogate(self) -> SurrogateLoss:
+        return partial(without_selected, surrogate=super().surrogate())
+
+    def metrics(self) -> dict[str, float]:
+        return {"clip_cov/candidate_fraction": self._candidates}

@@ -1,0 +1,75 @@
+"""`python -m MODULE` in a session of its own, its output in a log whose end tells why it ended."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import megatron_reheat
+
+PACKAGE_ROOT = Path(megatron_reheat.__file__).parent.parent
+LOG_TAIL_LINES = 8
+LOG_TAIL_BYTES = 16000
+# what nanobind says of Triton at the end of every vLLM server, 40 lines that are not the reason
+NOISE = re.compile(r"nanobind: | - leaked | - \.\.\. skipped|See https://nanobind")
+
+
+class ModuleProcess:
+    """Starts at once, output appended to `log_file`; the module may be one of this package, installed or not."""
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        log_file: Path,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        self._log_file = log_file
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        with log_file.open("ab") as log:
+            self._log_start = log.tell()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                env=with_package(env),
+                pass_fds=pass_fds,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the trainer, which then ends this process in order
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _log_tail(self) -> str:
+        return log_tail(self._log_file, self._log_start)
+
+
+def with_package(env: Mapping[str, str]) -> dict[str, str]:
+    """`env` under which a child imports this package from where this process has it."""
+    return {**env, "PYTHONPATH": os.pathsep.join(filter(None, (str(PACKAGE_ROOT), env.get("PYTHONPATH"))))}
+
+
+def log_tail(log_file: Path, start: int) -> str:
+    """The last lines after byte `start`, where this child's output begins, as the end of a message."""
+    with log_file.open("rb") as log:
+        size = log.seek(0, os.SEEK_END)
+        log.seek(max(start, size - LOG_TAIL_BYTES))
+        lines = log.read().decode(errors="replace").splitlines()
+    last = [line for line in lines if not NOISE.match(line)][-LOG_TAIL_LINES:]
+    return f"; last lines of {log_file}:\n" + "\n".join(f"  {line}" for line in last)

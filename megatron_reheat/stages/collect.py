@@ -1,0 +1,205 @@
+"""Prompts in, graded groups out: what an RL step trains on, and the one owner of what is sampled ahead."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from megatron_reheat.clock import Clock
+from megatron_reheat.config import Config
+from megatron_reheat.data.prompts import PromptCursor
+from megatron_reheat.methods.grpo import Complete
+from megatron_reheat.stages.outcome import derive_seed
+from megatron_reheat.stages.policy import FrozenSampler, Order, Policy
+from megatron_reheat.types import POLICY, At, Collected, Completion, Group, Prompt, SamplingParams
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+# Unlimited generation batches are for prompts of which few teach something, not for a policy that has nothing left to learn
+# from: after so many batches in a row without a single kept group, the controller has to see the step.
+FRUITLESS_BATCHES = 10
+
+AGAIN = 1  # tells the seeds of `again` from those of the generation batches
+
+
+class StepAbandoned(Exception):
+    """The run was asked to stop between two generation batches; the place in the data is that from before the step."""
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """The next step's first prompts, being sampled, and the place in the data before they were drawn."""
+
+    order: Order
+    group_size: int
+    temperature: float
+    cursor_state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _GenerationBatch:
+    """What the policy sampled, what became of it, group by group, and which of that can teach something."""
+
+    sampled: list[Group]
+    completed: list[Group]
+    teaches: list[bool]
+
+    @property
+    def kept(self) -> list[Group]:
+        return [g for g, teaches in zip(self.completed, self.teaches, strict=True) if teaches]
+
+
+class Collector:
+    """Samples and grades an RL step's groups, and the next step's first prompts while this one trains.
+
+    It is the `methods.grpo.Sampling` of the run's method. `frozen` are the models besides the policy that it samples from.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        cursor: PromptCursor,
+        stop_token_ids: tuple[int, ...],
+        should_stop: Callable[[], bool],
+        frozen: Mapping[str, FrozenSampler] | None = None,
+    ) -> None:
+        """`should_stop` is asked on every rank between two generation batches, and gives all the same answer."""
+        self._config = config
+        self._policy = policy
+        self._frozen = frozen or {}
+        self._cursor = cursor
+        self._stop_token_ids = stop_token_ids
+        self._should_stop = should_stop
+        self._ahead: _Ahead | None = None
+        self._again_seeds: Iterator[int] = iter(())
+
+    def collect(self, at: At, clock: Clock, *, group_size: int, complete: Complete | None = None) -> Collected:
+        """Samples and grades until `rl.prompts_per_step` groups can teach something (DAPO's dynamic sampling).
+
+        Groups are kept when their accuracy, not their shaped reward, varies. At the cap on generation batches the step goes
+        on with what was kept, which may be nothing; surplus groups are dropped.
+
+        Raises:
+            StepAbandoned: the run was asked to stop in the meantime.
+        """
+        rl, before = self._config.rl, self.cursor_state()
+        self._again_seeds = (derive_seed(self._config.run.seed, at.step, AGAIN, k) for k in itertools.count())
+        batches: list[_GenerationBatch] = []
+        while sum(len(b.kept) for b in batches) < rl.prompts_per_step and not self._gives_up(batches):
+            if batches and self._should_stop():
+                self._cursor.load_state(before)
+                raise StepAbandoned
+            sampled = self._sample(at, len(batches), group_size, clock)
+            completed = complete(sampled) if complete else sampled
+            batches.append(_GenerationBatch(sampled, completed, [self._teaches(g) for g in completed]))
+        seen = [g for b in batches for g in b.sampled]
+        kept = [g for b in batches for g in b.kept]
+        metrics = {**rollout_metrics(seen), "sampling/generation_batches": float(len(batches))}
+        metrics["sampling/kept_fraction"] = len(kept) / len(seen)
+        first = batches[0]
+        discarded = [g for g, teaches in zip(first.sampled, first.teaches, strict=True) if not teaches]
+        return Collected(kept[: rl.prompts_per_step], first.sampled, discarded, metrics)
+
+    def again(
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        temperature: float,
+        clock: Clock,
+        *,
+        sampler: str = POLICY,
+        top_p: float = 1.0,
+    ) -> list[Group]:
+        """`n` more graded completions of prompts that were drawn already, from any sampler at any temperature.
+
+        Each call of a step has a seed of its own. Where engines share devices, the policy's rests meanwhile, and a frozen
+        model's is awake only here.
+        """
+        params = SamplingParams(temperature, self._config.rollout.max_tokens, top_p, self._stop_token_ids)
+        frozen = None if sampler == POLICY else self._frozen[sampler]
+        if frozen is not None:
+            self._policy.rest()
+        groups = (frozen or self._policy).sample(list(prompts), n, params, next(self._again_seeds), clock)
+        if frozen is not None:
+            frozen.rest()
+        return [replace(g, completions=tuple(replace(c, sampler=sampler) for c in g.completions)) for g in groups]
+
+    def grade(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], clock: Clock
+    ) -> list[Group]:
+        """Groups of completions that no sampler of the run made."""
+        return self._policy.grade(prompts, completions, clock)
+
+    def divide(self, items: Sequence[T], work: Callable[[Sequence[T]], Iterable[U]]) -> list[U]:
+        """What `work` makes of each item, for what is too slow to be done on every rank alike."""
+        return self._policy.divide(items, work)
+
+    def rest(self) -> None:
+        """Nothing is sampled until weights are published again: the policy's engines give their memory to the trainer, if
+        shared, as frozen ones do whenever they have sampled."""
+        self._policy.rest()
+
+    def _teaches(self, group: Group) -> bool:
+        return 0 < group.accuracy < 1 or not self._config.rl.dynamic_sampling
+
+    def _gives_up(self, batches: Sequence[_GenerationBatch]) -> bool:
+        limit = self._config.rl.max_generation_batches
+        if limit:
+            return len(batches) >= limit
+        return len(batches) >= FRUITLESS_BATCHES and not any(b.kept for b in batches[-FRUITLESS_BATCHES:])
+
+    def look_ahead(self, at: At, group_size: int) -> None:
+        """Begins to sample the first prompts of the step `at` from the weights of now."""
+        cursor_state = self._cursor.state()
+        order = self._policy.begin(*self._request(at, 0, group_size))
+        self._ahead = _Ahead(order, group_size, at.temperature, cursor_state)
+
+    def forget_ahead(self) -> None:
+        """Gives back what was sampled ahead, because another stage comes next."""
+        if self._ahead is not None:
+            self._policy.finish(self._ahead.order, Clock())
+            self._cursor.load_state(self._ahead.cursor_state)
+            self._ahead = None
+
+    def cursor_state(self) -> dict[str, Any]:
+        """The place in the data to save: prompts that were sampled ahead are not trained on yet."""
+        return self._cursor.state() if self._ahead is None else self._ahead.cursor_state
+
+    def _sample(self, at: At, batch: int, group_size: int, clock: Clock) -> list[Group]:
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return self._policy.sample(*self._request(at, batch, group_size), clock)
+        groups = self._policy.finish(ahead.order, clock)
+        if (ahead.temperature, ahead.group_size) == (at.temperature, group_size):
+            return groups
+        self._cursor.load_state(ahead.cursor_state)
+        return self._policy.sample(*self._request(at, batch, group_size), clock)
+
+    def _request(self, at: At, batch: int, group_size: int) -> tuple[list[Prompt], int, SamplingParams, int]:
+        params = SamplingParams(at.temperature, self._config.rollout.max_tokens, stop_token_ids=self._stop_token_ids)
+        seed = derive_seed(self._config.run.seed, at.step, batch)
+        return self._cursor.next(self._config.rl.prompts_per_step), group_size, params, seed
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What the rollouts look like, before any filter."""
+    completions = [c for g in groups for c in g.completions]
+    rewards = [r for g in groups for r in g.rewards]
+    lengths = [len(c.token_ids) for c in completions]
+    distinct = sum(len({c.token_ids.tobytes() for c in g.completions}) for g in groups)
+    return {
+        "reward/mean": float(np.mean([r.value for r in rewards])),
+        "reward/accuracy": float(np.mean([r.correct for r in rewards])),
+        "reward/timeouts": float(sum(r.timed_out for r in rewards)),
+        "reward/uniform_group_fraction": float(np.mean([len({r.correct for r in g.rewards}) == 1 for g in groups])),
+        "rollout/distinct_fraction": distinct / len(completions),
+        "response/length_mean": float(np.mean(lengths)),
+        "response/length_max": float(max(lengths)),
+        "response/truncated_fraction": float(np.mean([c.finish_reason == "length" for c in completions])),
+    }

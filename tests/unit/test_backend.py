@@ -1,0 +1,60 @@
+"""What Megatron is told of Transformer Engine and Apex: what really imports, on a machine that claims a GPU."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer import TransformerConfig
+
+from megatron_reheat.errors import ConfigError
+from megatron_reheat.model.backend import choose_backend
+
+FUSED = "fused_weight_gradient_mlp_cuda"
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def stand_in(*names: str) -> None:
+        for name in names:
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+
+    return stand_in
+
+
+@pytest.mark.parametrize("has_extension", [False, True])
+def test_weight_gradients_are_fused_only_where_apex_brings_it(install, has_extension: bool) -> None:
+    install("transformer_engine", "transformer_engine.pytorch", *[FUSED] * has_extension)
+    backend = choose_backend("auto")
+    assert (backend.attention, backend.optimizer) == ("transformer_engine", "transformer_engine")
+    assert backend.fused_weight_gradient == has_extension
+
+
+def test_megatron_builds_its_output_layer_with_what_is_chosen(install, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here is no Apex, so that Megatron refuses a layer that is told to fuse."""
+    install("transformer_engine", "transformer_engine.pytorch")
+    fused = choose_backend("auto").fused_weight_gradient
+    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_group", lambda check_initialized=True: None)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=1,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=fused,
+    )
+    layer = tensor_parallel.ColumnParallelLinear(8, 16, config=config, init_method=torch.nn.init.ones_, bias=False)
+    assert layer.weight.shape == (16, 8)
+
+
+def test_a_transformer_engine_that_does_not_load_is_not_there(install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("transformer_engine")  # its package is there, its extension is not
+    assert choose_backend("auto").attention == "sdpa"
+    with pytest.raises(
+        ConfigError, match=r"transformer-engine, and it does not import here; use model\.attention=auto"
+    ):
+        choose_backend("transformer_engine")
