@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -107,3 +108,33 @@ def test_one_that_accepts_and_never_answers_is_given_up_in_time(monkeypatch: pyt
         with pytest.raises(EngineDied, match=r"has had its 1 restarts within an hour \(rollout\.max_restarts\)"):
             servers.restart()
         servers.close()
+
+
+def test_one_that_closes_idle_connections_is_not_taken_for_dead() -> None:
+    """As uvicorn does after five seconds, here as soon as a second request comes over the same connection."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            if self.rfile.peek(1):
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.close_connection = True
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    servers = Servers([url], {}, RolloutConfig(timeout_s=20), None, "gloo")  # type: ignore[arg-type]
+    try:
+        for _ in range(3):
+            servers.network.run(servers.clients[url].post("pause"))
+    finally:
+        servers.close()
+        server.shutdown()
+        server.server_close()

@@ -163,7 +163,7 @@ class ServerClient:
                 f"vLLM server {self.url} did not answer /{route} within {self._timeout_s:g} s (rollout.timeout_s)"
             ) from None
         except aiohttp.ClientError as error:
-            raise EngineDied(f"vLLM server {self.url} is gone: {type(error).__name__} at /{route}") from None
+            raise EngineDied(f"vLLM server {self.url} is gone: {type(error).__name__} at /{route}: {error}") from None
         if response.status in NOT_ALLOWED:
             raise self._not_allowed()
         if response.status < 300:
@@ -176,7 +176,7 @@ class ServerClient:
 
 
 class Network:
-    """An event loop in a thread of its own, with one connection pool for all servers, which ask for `token`."""
+    """An event loop in a thread of its own, with one session for all servers, which ask for `token`."""
 
     def __init__(self, token: str | None) -> None:
         self._loop = asyncio.new_event_loop()
@@ -211,7 +211,9 @@ class Network:
 
 async def _open_session(token: str | None) -> aiohttp.ClientSession:
     headers = {} if token is None else {AUTHORIZATION: f"Bearer {token}"}
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers)
+    # a connection for each request: one that was kept may be closed by the server (after 5 idle seconds) as it is used again,
+    # which looks as if the server had died
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True), headers=headers)
 
 
 def _message(text: str) -> str:
