@@ -40,6 +40,7 @@ MAX_RECIPE_BYTES = 2**20
 # A number beyond these is a slip of the keyboard: counts go into 64-bit counters, floats into float32 where they are multiplied
 MAX_NUMBER = {int: 2**32, float: 1e30}
 MAX_REWARD = 1e6  # a group's deviation squares it
+MAX_FUNCTIONS = 8  # of reward.function; a grader's reply has a fixed size
 MAX_PROCESSES = 4096  # ranks along a dimension, servers, graders, threads
 MAX_PROMPTS = 2**20  # of one step, all of which are in memory together
 MAX_PATH, MAX_FILE_NAME = 4095, 255  # bytes, Linux's
@@ -138,10 +139,28 @@ def _checked_path(path: Any) -> Any:
     return tuple(path) if isinstance(path, list) else path
 
 
-def _absolute_file(method: str) -> str:
-    """A method of the user's own is found from any folder, as the resolved recipe of its run may be read from another."""
-    file, _, name = method.rpartition(":")
-    return f"{Path(file).expanduser().resolve()}:{name}" if file.endswith(".py") else method
+def _absolute_file(named: str) -> str:
+    """`file.py:name` of the user's own is found from any folder, as the resolved recipe of its run may be read from another."""
+    file, _, name = named.rpartition(":")
+    return f"{Path(file).expanduser().resolve()}:{name}" if file.endswith(".py") else named
+
+
+def _weighted_functions(functions: Any) -> Any:
+    """Weights by function, as `path/to/file.py:name` (then absolute, as a method's file is) or `package.module:name`."""
+    if isinstance(functions, str):
+        functions = {functions: 1.0}
+    if not isinstance(functions, Mapping):
+        return functions
+    for function in functions:
+        place, colon, name = str(function).rpartition(":")
+        if not (place and colon and name.isidentifier()):
+            raise ValueError(f"{function!r} is not path/to/file.py:name or package.module:name")
+    names = [str(function).rpartition(":")[2] for function in functions]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two functions are called {min(twice)}, under which their values are logged; rename one")
+    if len(functions) > MAX_FUNCTIONS:
+        raise ValueError(f"at most {MAX_FUNCTIONS} functions; let one of them call the others")
+    return {_absolute_file(str(function)): weight for function, weight in functions.items()}
 
 
 # A mapping that is passed on. `null` is an empty one, which is how a recipe takes back what its base put there.
@@ -264,8 +283,23 @@ class DataConfig(Section):
 class RewardConfig(Section):
     """Verification in worker processes that are killed on timeout."""
 
-    kind: Literal["reasoning_gym", "math"] = Field(
-        default="math", description="math: boxed answers compared as mathematics; reasoning_gym: the task's own scorer"
+    kind: Literal["reasoning_gym", "math", "function"] = Field(
+        default="math",
+        description="math: boxed answers compared as mathematics; reasoning_gym: the task's own scorer; function: your own",
+    )
+    function: Annotated[Mapping[str, float] | None, BeforeValidator(_weighted_functions)] = Field(
+        default=None,
+        description="path/to/file.py:name or package.module:name, called with response and record; or several with weights",
+    )
+    correct_at: float = Field(
+        default=1.0,
+        ge=-MAX_REWARD,
+        le=MAX_REWARD,
+        description="function: the reward from which a response counts as correct, unless the function says itself",
+    )
+    sandbox: bool = Field(
+        default=True,
+        description="false: functions may use network, files and processes, and get this process's environment",
     )
     workers: int = Field(default=2, gt=0, le=MAX_PROCESSES, description="per data-parallel replica")
     timeout_s: float = Field(
@@ -276,6 +310,24 @@ class RewardConfig(Section):
     answer_chars: int = Field(
         default=300, gt=0, description="math: without a box, `Answer:` is sought in so many last characters"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _function_is_a_kind(cls, section: Any) -> Any:
+        """Naming a function is enough."""
+        if isinstance(section, Mapping) and section.get("function") is not None and "kind" not in section:
+            return {**section, "kind": "function"}
+        return section
+
+    @model_validator(mode="after")
+    def _kind_has_its_function(self) -> RewardConfig:
+        if self.kind == "function" and not self.function:
+            raise ValueError("kind function needs `function`, e.g. rewards.py:score")
+        if self.kind != "function" and self.function:
+            raise ValueError(f"`function` is given, and kind is {self.kind}; leave one of them out")
+        if self.kind != "function" and not self.sandbox:
+            raise ValueError("sandbox=false is for functions of your own only; leave it out")
+        return self
 
 
 class RolloutConfig(Section):

@@ -10,6 +10,18 @@ import time
 from collections.abc import Iterable
 
 _PR_SET_PDEATHSIG = 1
+# what makes a process a rank of the trainer's job
+_TORCHRUN_VARIABLES = frozenset(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+_TORCHRUN_PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "PET_")
+
+
+def helper_environment() -> dict[str, str]:
+    """This process's environment for one that is no rank of its job, and must not join it."""
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if key not in _TORCHRUN_VARIABLES and not key.startswith(_TORCHRUN_PREFIXES)
+    }
 
 
 def die_with_parent(parent_pid: int, who: str, with_signal: signal.Signals = signal.SIGKILL) -> None:

@@ -287,6 +287,7 @@ def _rollout_rows(step: int, group: Group, decode: Callable[[Sequence[int]], str
             "num_tokens": len(completion.token_ids),
             "sampling_temperature": completion.sampling_temperature,
             "policy_version": completion.policy_version,
+            **({"reward_parts": dict(reward.parts)} if reward is not None and reward.parts else {}),
         }
         for completion, reward in zip(group.completions, rewards, strict=True)
     ]

@@ -67,11 +67,13 @@ class Completion:
 
 @dataclass(frozen=True)
 class Reward:
-    """A grade: `value` is what RL maximises, `correct` is what avg@k and dynamic sampling count."""
+    """A grade: `value` is what RL maximises, `correct` is what avg@k counts; `parts` are the values of reward functions by
+    name, before their weights."""
 
     value: float
     correct: bool
     timed_out: bool = False
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ class Group:
     @property
     def accuracy(self) -> float:
         return sum(r.correct for r in self.rewards) / len(self.rewards)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all its rewards are the same, so that it teaches nothing."""
+        return len({r.value for r in self.rewards}) == 1
 
 
 @dataclass(frozen=True)

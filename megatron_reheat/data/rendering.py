@@ -16,7 +16,7 @@ from megatron_reheat.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RewardKind = Literal["math", "reasoning_gym"]
+RewardKind = Literal["math", "reasoning_gym", "function"]
 
 
 class Renderer:
@@ -95,6 +95,8 @@ class Renderer:
 
     def verifier(self, record: Record, where: str) -> dict[str, Any]:
         config = self.config
+        if self._reward_kind == "function":
+            return {"record": record, "where": where}
         if self._reward_kind == "reasoning_gym":
             task, entry = gym_entry(record, where)
             if not task:

@@ -51,6 +51,8 @@ class AVSPO(GRPO):
         rl, reward = config.rl, config.reward
         if rl.dynamic_sampling:
             yield "rl.method avspo is for the groups that rl.dynamic_sampling leaves out; set rl.dynamic_sampling=false"
+        if reward.kind == "function":
+            yield "rl.method avspo adds virtual rewards of 0 and 1, and reward.function gives any; use another method"
         if reward.incorrect != 0:
             yield (
                 f"rl.method avspo tells right groups from wrong ones by a reward of 0, and reward.incorrect is "

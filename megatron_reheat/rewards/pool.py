@@ -8,10 +8,13 @@ accept from that is a numbered record of fixed size per item, never a pickle.
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -22,10 +25,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_reheat.config import RewardConfig
-from megatron_reheat.errors import ReheatError
+from megatron_reheat.config import MAX_REWARD, RewardConfig
+from megatron_reheat.errors import ConfigError, ReheatError
+from megatron_reheat.processes import helper_environment
 from megatron_reheat.rewards.boxes import graded_part
-from megatron_reheat.rewards.protocol import CHUNK, CORRECT, DIED, ERROR, MAX_REPLIES_BYTES, READY, REPLY, TIMED_OUT
+from megatron_reheat.rewards.functions import short_name
+from megatron_reheat.rewards.protocol import (
+    CHUNK,
+    CORRECT,
+    DIED,
+    ERROR,
+    INCORRECT,
+    MAX_REPLIES_BYTES,
+    READY,
+    REPLY,
+    TIMED_OUT,
+    USELESS,
+)
 from megatron_reheat.types import Reward
 
 logger = logging.getLogger(__name__)
@@ -49,7 +65,8 @@ class VerifierPool:
     the grader is replaced and every other item is graded as usual. Not thread-safe.
 
     Counters since construction: `timeouts` (items over the limit), `restarts` (graders or whole workers replaced because
-    an item was lost, or for any other reason) and `errors` (graders that raised; such an item is incorrect).
+    an item was lost, or for any other reason) and `errors` (graders that raised; such an item is incorrect). `last_error` says
+    what the last of them raised.
     """
 
     def __init__(self, config: RewardConfig, worker_module: str = WORKER_MODULE) -> None:
@@ -57,6 +74,7 @@ class VerifierPool:
         self.timeouts = 0
         self.restarts = 0
         self.errors = 0
+        self.last_error = ""
         self._config = config
         self._worker_module = worker_module
         self._workers: list[_Worker] = []
@@ -85,7 +103,8 @@ class VerifierPool:
         """One reward per (response text, prompt.verifier), in order; equal texts for one verifier are graded once.
 
         Raises:
-            ReheatError: the workers cannot be started.
+            ReheatError: the workers cannot be started, or a reward function failed on all of several responses.
+            ConfigError: a reward function cannot be imported.
         """
         slots: dict[tuple[str, int], int] = {}
         packed: dict[int, bytes] = {}
@@ -99,14 +118,19 @@ class VerifierPool:
                     packed[id(verifier)] = pickle.dumps(verifier, pickle.HIGHEST_PROTOCOL)
                 tasks.append((answer, packed[id(verifier)]))
             slot_of_item.append(slot)
+        errors = self.errors
         try:
             rewards = self._grade_tasks(tasks)
+            if self._config.kind == "function" and self.errors - errors == len(tasks) >= MAX_CHUNK:
+                raise ReheatError(f"reward.function failed on all of {len(tasks)} responses: {self.last_error}")
         except BaseException:
             self.close()  # a worker still busy with this batch would answer the next one
             raise
         return [rewards[slot] for slot in slot_of_item]
 
     def _relevant(self, text: str) -> str:
+        if self._config.kind == "function":
+            return text
         return graded_part(text, self._config.answer_chars) if self._config.kind == "math" else text.strip()
 
     def _grade_tasks(self, tasks: list[_Task]) -> dict[int, Reward]:
@@ -144,14 +168,17 @@ class VerifierPool:
             self._failed_starts = 0
             self._tell_defences(message.removeprefix(READY))
             return
+        if not worker.ready and message.startswith(USELESS):
+            raise ConfigError(message.removeprefix(USELESS).decode(errors="replace"))
         if not worker.ready or not message or len(message) % REPLY.size:
             self._fail(worker, pending, rewards)
             return
-        for number, verdict, note in REPLY.iter_unpack(message):
-            if not worker.assigned or number != worker.number or verdict > DIED:
+        for number, verdict, values, note in REPLY.iter_unpack(message):
+            reward = self._reward(verdict, values) if verdict <= DIED else None
+            if reward is None or not worker.assigned or number != worker.number:
                 self._fail(worker, pending, rewards)
                 return
-            rewards[worker.finish()] = self._reward(verdict == CORRECT, timed_out=verdict in (TIMED_OUT, DIED))
+            rewards[worker.finish()] = reward
             self.timeouts += verdict == TIMED_OUT
             self.restarts += verdict in (TIMED_OUT, DIED)
             if verdict == ERROR:
@@ -163,18 +190,32 @@ class VerifierPool:
             log("graders of model text run behind: %s", defences.decode())
             self._defences = defences
 
-    def _reward(self, correct: bool, timed_out: bool = False) -> Reward:
-        return Reward(self._config.correct if correct else self._config.incorrect, correct, timed_out)
+    @property
+    def _lost(self) -> Reward:
+        return Reward(self._config.incorrect, correct=False, timed_out=True)
+
+    def _reward(self, verdict: int, values: bytes = b"") -> Reward | None:
+        """What a verdict is worth; None if the values of reward functions are no numbers."""
+        config, correct = self._config, verdict == CORRECT
+        if config.function is None or verdict not in (CORRECT, INCORRECT):
+            return Reward(config.correct if correct else config.incorrect, correct, verdict in (TIMED_OUT, DIED))
+        weights = config.function
+        parts = struct.unpack_from(f"!{len(weights)}d", values)
+        if not all(abs(part) <= MAX_REWARD for part in parts):
+            return None
+        total = math.fsum(w * part for w, part in zip(weights.values(), parts, strict=True))
+        return Reward(total, correct, parts=dict(zip(map(short_name, weights), parts, strict=True)))
 
     def _count_error(self, message: bytes) -> None:
         log = logger.debug if self.errors else logger.warning
-        log("grader %s raised %s; counted as incorrect", self._config.kind, message.decode(errors="replace"))
+        self.last_error = message.decode(errors="replace")
+        log("grader %s failed: %s; counted as incorrect", self._config.kind, self.last_error)
         self.errors += 1
 
     def _fail(self, worker: _Worker, pending: deque[int], rewards: dict[int, Reward]) -> None:
         """The whole worker is stuck or dead: the item under it is lost, those behind it go back to the queue."""
         if worker.assigned:
-            rewards[worker.finish()] = self._reward(False, timed_out=True)
+            rewards[worker.finish()] = self._lost
         elif not worker.ready:
             self._failed_starts += 1
             if self._failed_starts >= MAX_FAILED_STARTS:
@@ -198,11 +239,11 @@ class _Worker:
         self.connection, theirs = Pipe()
         command = [sys.executable, "-W", "ignore", "-m", module]
         self._process = subprocess.Popen(
-            [*command, str(theirs.fileno()), config.kind, str(config.timeout_s)],
+            [*command, str(theirs.fileno()), config.kind, str(config.timeout_s), *_own_functions(config)],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            env=_worker_environment(),
+            env=_worker_environment(config.sandbox),
         )
         theirs.close()
         self.assigned: deque[int] = deque()
@@ -262,11 +303,22 @@ class _Worker:
             return self._process.wait()
 
 
-def _worker_environment() -> dict[str, str]:
-    """Only what an interpreter needs: a verifier has no use for tokens, or for the variables of torchrun."""
+def _own_functions(config: RewardConfig) -> list[str]:
+    if config.function is None:
+        return []
+    return [json.dumps({"weights": config.function, "correct_at": config.correct_at, "sandbox": config.sandbox})]
+
+
+def _worker_environment(confined: bool) -> dict[str, str]:
+    """Only what an interpreter needs: a verifier has no use for tokens, or for the variables of torchrun.
+
+    One that is not `confined` gets all but the latter.
+    """
     kept = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "PYTHONHOME")
     package_root = str(Path(__file__).resolve().parents[2])
     search_path = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     single_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    environment = helper_environment()
+    if confined:
+        environment = {name: environment[name] for name in kept if name in environment}
     return environment | single_thread | {"PYTHONPATH": os.pathsep.join(search_path)}

@@ -9,12 +9,14 @@ from __future__ import annotations
 import struct
 
 READY = b"ready"  # followed by the lines of defence, as text
+USELESS = b"useless"  # followed by why there will never be a grader, as text
 
-# A worker's answer to the pool: the item's running number, a verdict, the exception if it is an error.
-# A grader's answer to its worker: the same, with a number that nobody can guess in front.
-REPLY = struct.Struct("!QB119s")
-RECORD = struct.Struct("!8sQB119s")
-MAX_NOTE = 119
+# A worker's answer to the pool: the item's running number, a verdict, the values of reward functions, the exception if it is
+# an error. A grader's answer to its worker: the same, with a number that nobody can guess in front.
+REPLY = struct.Struct("!QB64s183s")
+RECORD = struct.Struct("!8sQB64s183s")
+MAX_NOTE = 183
+MAX_VALUES = 8
 
 CORRECT = 1
 INCORRECT = 0

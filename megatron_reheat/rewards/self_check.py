@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_reheat.errors import ConfigError
 from megatron_reheat.rewards.boxes import reference_answer
 from megatron_reheat.rewards.pool import VerifierPool
 
 BATCH = 512
+TRIED = 8
 EXAMPLES = 3
 EXAMPLE_CHARS = 60
 # far above what real data takes; a start does not wait longer for millions of records or references that keep a parser busy
@@ -48,6 +50,27 @@ def check_references(pool: VerifierPool, verifiers: Iterable[Mapping[str, Any]])
         failed += [reference for (reference, _, _), reward in zip(batch, graded, strict=True) if not reward.correct]
         count += len(batch)
     return ReferenceCheck(count, tuple(failed), cut_short=time.monotonic() >= give_up)
+
+
+def try_functions(pool: VerifierPool, verifiers: Iterable[Mapping[str, Any]]) -> None:
+    """Has the reward functions grade an empty response to each of the first records, as a policy may give.
+
+    Raises:
+        ConfigError: naming the function and record: one raised, returned no number, or did not come back.
+    """
+    for verifier in itertools.islice(verifiers, TRIED):
+        errors = pool.errors
+        (reward,) = pool.grade([("", verifier)])
+        if pool.errors > errors:
+            problem = pool.last_error
+        elif reward.timed_out:
+            problem = f"{verifier['where']}: no answer within reward.timeout_s, or its process ended"
+        else:
+            continue
+        raise ConfigError(
+            f"reward.function failed on an empty response to {problem}; it must return a number for any text (what it may "
+            "use: reward.sandbox)"
+        )
 
 
 def _distinct(verifiers: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:

@@ -15,11 +15,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
 from megatron_reheat.rewards.grader_process import grade_chunks
-from megatron_reheat.rewards.graders import Grader
 from megatron_reheat.rewards.protocol import CHUNK, CORRECT, DIED, ERROR, INCORRECT, ORDER, RECORD, REPLY, TIMED_OUT
 from megatron_reheat.rewards.sandbox import SystemCallFilter, adopt_orphans, end_descendants, end_namespace
+
+if TYPE_CHECKING:
+    from megatron_reheat.rewards.graders import Grader
 
 READ_BYTES = 128 * RECORD.size
 # An idle grader reads at once; one that does not within this time was left so by an earlier answer, and is replaced.
@@ -40,14 +43,17 @@ class Supervisor:
         grader: Grader,
         timeout_s: float,
         in_namespace: bool,
+        confined: bool = True,
     ) -> None:
-        """`in_namespace` says that this is process 1 of a namespace, all other processes of which it may end."""
+        """`in_namespace` says that this is process 1 of a namespace, all other processes of which it may end. Graders that are
+        not `confined` may do what any process may."""
         self.system_calls: SystemCallFilter | None = None  # for graders that are started from now on
         self._pool = pool
         self._lifeline = lifeline
         self._function = grader
         self._timeout_s = timeout_s
         self._in_namespace = in_namespace
+        self._confined = confined
         self._grader: _Grader | None = None
         adopt_orphans()
         gc.freeze()  # a collection in a grader would copy every page that it shares with this process
@@ -92,7 +98,7 @@ class Supervisor:
                 innocent = lost == DIED and grader.answered > 0
                 self._end_grader()
                 if done < count and not innocent:
-                    yield REPLY.pack(first + done, lost, b"")
+                    yield REPLY.pack(first + done, lost, b"", b"")
                     done += 1
                     deadline = time.monotonic() + self._timeout_s
 
@@ -113,7 +119,7 @@ class Supervisor:
         return os.read(grader.records, READ_BYTES) if ready else None
 
     def _start_grader(self) -> _Grader:
-        self._grader = _Grader.fork(self._function, self.system_calls)
+        self._grader = _Grader.fork(self._function, self.system_calls, self._confined)
         return self._grader
 
     def _end_grader(self) -> None:
@@ -139,14 +145,14 @@ class _Grader:
     answered: int = 0
 
     @classmethod
-    def fork(cls, grader: Grader, system_calls: SystemCallFilter | None) -> _Grader:
+    def fork(cls, grader: Grader, system_calls: SystemCallFilter | None, confined: bool) -> _Grader:
         theirs_in, orders = os.pipe()
         records, theirs_out = os.pipe()
         parent_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
             try:
-                grade_chunks(theirs_in, theirs_out, grader, parent_pid, system_calls)
+                grade_chunks(theirs_in, theirs_out, grader, parent_pid, system_calls, confined)
             finally:
                 os._exit(1)
         os.close(theirs_in)
@@ -176,11 +182,11 @@ class _Grader:
         """The replies in these bytes for the items from `number` up to `end`, and whether nothing else is in them."""
         replies: list[bytes] = []
         whole = len(data) // RECORD.size * RECORD.size  # what was written before the nonsense counts
-        for nonce, answered, verdict, note in RECORD.iter_unpack(data[:whole]):
+        for nonce, answered, verdict, values, note in RECORD.iter_unpack(data[:whole]):
             fits = nonce == self.nonce and answered == number + len(replies) < end
             if not fits or verdict not in (CORRECT, INCORRECT, ERROR):
                 return replies, False
-            replies.append(REPLY.pack(answered, verdict, note))
+            replies.append(REPLY.pack(answered, verdict, values, note))
             self.answered += 1
         return replies, bool(data) and whole == len(data)
 

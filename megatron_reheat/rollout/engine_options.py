@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_reheat.config import RolloutConfig
+from megatron_reheat.processes import helper_environment
 
 CPU_BATCHED_TOKENS = 8192
 CPU_KV_CACHE_MB = 1024
 GPU_BATCHED_TOKENS = 2048  # vLLM's smallest default; it wants one for every sequence at least
-# the engine is not a rank of the trainer's job, and must not join it
-TORCHRUN_VARIABLES = frozenset(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-TORCHRUN_PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "PET_")
 
 
 def engine_options(config: RolloutConfig, model_path: str, *, dtype: str, seed: int, on_cpu: bool) -> dict[str, Any]:
@@ -60,11 +57,7 @@ def command_line(options: Mapping[str, Any]) -> list[str]:
 
 def engine_environment() -> dict[str, str]:
     """This process's environment without what would make vLLM a rank of our job or change what it is told."""
-    env = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in TORCHRUN_VARIABLES and not key.startswith(TORCHRUN_PREFIXES)
-    }
+    env = helper_environment()
     env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override rollout.kv_cache_mb
     env["VLLM_NO_USAGE_STATS"] = "1"
     env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # its own choice puts every engine on the same cores

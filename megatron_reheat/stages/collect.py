@@ -82,8 +82,8 @@ class Collector:
     def collect(self, at: At, clock: Clock, *, group_size: int, complete: Complete | None = None) -> Collected:
         """Samples and grades until `rl.prompts_per_step` groups can teach something (DAPO's dynamic sampling).
 
-        Groups are kept when their accuracy, not their shaped reward, varies. At the cap on generation batches the step goes
-        on with what was kept, which may be nothing; surplus groups are dropped.
+        Groups are kept when the grader's reward, which no method has shaped yet, varies. At the cap on generation batches the
+        step goes on with what was kept, which may be nothing; surplus groups are dropped.
 
         Raises:
             StepAbandoned: the run was asked to stop in the meantime.
@@ -146,7 +146,7 @@ class Collector:
         self._policy.rest()
 
     def _teaches(self, group: Group) -> bool:
-        return 0 < group.accuracy < 1 or not self._config.rl.dynamic_sampling
+        return not group.is_uniform or not self._config.rl.dynamic_sampling
 
     def _gives_up(self, batches: Sequence[_GenerationBatch]) -> bool:
         limit = self._config.rl.max_generation_batches
@@ -192,12 +192,14 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     completions = [c for g in groups for c in g.completions]
     rewards = [r for g in groups for r in g.rewards]
     lengths = [len(c.token_ids) for c in completions]
+    parts = sorted({name for r in rewards for name in r.parts})
     distinct = sum(len({c.token_ids.tobytes() for c in g.completions}) for g in groups)
     return {
         "reward/mean": float(np.mean([r.value for r in rewards])),
         "reward/accuracy": float(np.mean([r.correct for r in rewards])),
         "reward/timeouts": float(sum(r.timed_out for r in rewards)),
-        "reward/uniform_group_fraction": float(np.mean([len({r.correct for r in g.rewards}) == 1 for g in groups])),
+        "reward/uniform_group_fraction": float(np.mean([g.is_uniform for g in groups])),
+        **{f"reward/{name}": float(np.mean([r.parts[name] for r in rewards if name in r.parts])) for name in parts},
         "rollout/distinct_fraction": distinct / len(completions),
         "response/length_mean": float(np.mean(lengths)),
         "response/length_max": float(max(lengths)),

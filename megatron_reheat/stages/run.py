@@ -28,7 +28,7 @@ from megatron_reheat.parallel import topology as parallel_topology
 from megatron_reheat.parallel.seats import engine_seats
 from megatron_reheat.parallel.topology import Topology
 from megatron_reheat.rewards.pool import VerifierPool
-from megatron_reheat.rewards.self_check import ReferenceCheck, check_references
+from megatron_reheat.rewards.self_check import ReferenceCheck, check_references, try_functions
 from megatron_reheat.run_folder import RunFolder
 from megatron_reheat.run_lock import RunLock
 from megatron_reheat.run_logger import RunLogger, StepRecord
@@ -119,11 +119,16 @@ class Helpers:
         self.sampler = start_sampler(config, topology, inputs)
         self.frozen = {name: start_frozen(name, config, topology, inputs) for name in inputs.frozen}
         self.verifiers = VerifierPool(config.reward) if leads else None
+        self._own_functions = config.reward.kind == "function"
 
     def check_references(self, inputs: Inputs) -> ReferenceCheck | None:
         if self.verifiers is None:
             return None
         data = [data for data in (inputs.prompts, inputs.eval_prompts) if data is not None]
+        if self._own_functions:
+            for prompts in data:
+                try_functions(self.verifiers, prompts.verifiers())
+            return None
         return check_references(self.verifiers, itertools.chain(*(d.verifiers() for d in data)))
 
     def __enter__(self) -> Helpers:

@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{sibling: {"base", "parallel"} for sibling in SIBLINGS},
     "methods": {"base", "parallel", "losses", "data"},
     "analysis.passk": {"base"},
-    "cluster": {"base", "model", "methods", "stages"},
+    "cluster": {"base", "model", "methods", "rewards", "stages"},
     "stages": {"base", "parallel", *SIBLINGS, "methods", "analysis.passk"},
     "analysis": {"base", "parallel", *SIBLINGS, "stages", "analysis.passk"},
     "evaluation": {"base", "model", "rewards", "rollout", "data", "analysis.passk"},
