@@ -168,7 +168,7 @@ Options = Annotated[dict[str, Any], BeforeValidator(lambda options: {} if option
 
 
 class ModelConfig(Section):
-    """The policy: a Hugging Face folder (or hub name) of the Qwen3 or Llama family."""
+    """The policy: a Hugging Face folder (or hub name) of the Qwen3, Qwen2, Llama or Mistral family."""
 
     hf_path: PathText = Field(min_length=1, description="the policy: a Hugging Face folder, or a hub name")
     dtype: Annotated[Literal["float32", "bfloat16"], FullDtypeName] = Field(

@@ -338,7 +338,7 @@ class Estimate:
     def stage_parameters(self, stage: int) -> int:
         """Of one tensor-parallel rank of pipeline stage `stage`, vocabulary padding included."""
         m, p = self.model, self.config.parallel
-        layers = m.num_hidden_layers // p.pipeline * (m.matrix_parameters // p.tensor + m.norm_parameters)
+        layers = m.num_hidden_layers // p.pipeline * (m.matrix_parameters // p.tensor + m.vector_parameters)
         table = padded_vocab_size(m.vocab_size, self.config) // p.tensor * m.hidden_size
         first, last = stage == 0, stage == p.pipeline - 1
         own_head = last and not (m.tie_word_embeddings and first)  # a tied head on another stage is a copy

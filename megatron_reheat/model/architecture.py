@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron_reheat.config import ModelConfig, RolloutConfig
 from megatron_reheat.errors import ModelElsewhereError
-from megatron_reheat.model.provider import head_dim, hub_answers, is_local, read_hf_config, resolve_hf_folder
+from megatron_reheat.model.families import family_of, head_dim
+from megatron_reheat.model.provider import hub_answers, is_local, read_hf_config, resolve_hf_folder
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Architecture:
     tie_word_embeddings: bool
     max_position_embeddings: int
     qk_norm: bool = True
+    qkv_bias: bool = False
 
     @classmethod
     def from_hf(cls, hf: Any) -> Architecture:
@@ -39,7 +41,8 @@ class Architecture:
             vocab_size=hf.vocab_size,
             tie_word_embeddings=hf.tie_word_embeddings,
             max_position_embeddings=hf.max_position_embeddings,
-            qk_norm=hf.model_type == "qwen3",
+            qk_norm=family_of(hf).qk_norm,
+            qkv_bias=family_of(hf).qkv_bias,
         )
 
     @property
@@ -58,8 +61,10 @@ class Architecture:
         return attention + 3 * self.hidden_size * self.intermediate_size
 
     @property
-    def norm_parameters(self) -> int:
-        return 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+    def vector_parameters(self) -> int:
+        """Of one layer's norms and biases."""
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        return norms + (self.query_width + 2 * self.kv_width if self.qkv_bias else 0)
 
     @property
     def head_parameters(self) -> int:
@@ -68,7 +73,7 @@ class Architecture:
 
     @property
     def num_parameters(self) -> int:
-        layers = self.num_hidden_layers * (self.matrix_parameters + self.norm_parameters)
+        layers = self.num_hidden_layers * (self.matrix_parameters + self.vector_parameters)
         return layers + (1 if self.tie_word_embeddings else 2) * self.head_parameters + self.hidden_size
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
@@ -112,11 +117,41 @@ QWEN3 = {
     "Qwen3-14B": _qwen3(5120, 17408, 40, 40, tied=False),
     "Qwen3-32B": _qwen3(5120, 25600, 64, 64, tied=False),
 }
+
+
+def _qwen25(
+    hidden: int,
+    mlp: int,
+    layers: int,
+    heads: int,
+    groups: int,
+    channels: int = 128,
+    vocab: int = 151_936,
+    context: int = 32_768,
+) -> Architecture:
+    tied = vocab == 151_936
+    return Architecture(
+        hidden, mlp, layers, heads, groups, channels, vocab, tied, context, qk_norm=False, qkv_bias=True
+    )
+
+
+# The same; 7B and larger have a longer context than is said here.
+QWEN25 = {
+    "Qwen2.5-0.5B": _qwen25(896, 4864, 24, 14, 2, channels=64),
+    "Qwen2.5-1.5B": _qwen25(1536, 8960, 28, 12, 2),
+    "Qwen2.5-3B": _qwen25(2048, 11008, 36, 16, 2),
+    "Qwen2.5-7B": _qwen25(3584, 18944, 28, 28, 4, vocab=152_064),
+    "Qwen2.5-14B": _qwen25(5120, 13824, 48, 40, 8, vocab=152_064),
+    "Qwen2.5-32B": _qwen25(5120, 27648, 64, 40, 8, vocab=152_064),
+    "Qwen2.5-Math-1.5B": _qwen25(1536, 8960, 28, 12, 2, context=4096),
+    "Qwen2.5-Math-7B": _qwen25(3584, 18944, 28, 28, 4, vocab=152_064, context=4096),
+}
+QWEN = QWEN3 | QWEN25
 LLAMA_31_8B = Architecture(4096, 14336, 32, 32, 8, 128, 128_256, False, 131_072, qk_norm=False)
 
 
 def read_architecture(config: ModelConfig) -> Architecture:
-    """From the folder's config.json, the built-in table for Qwen3's hub names, or config.json alone from the hub.
+    """From the folder's config.json, the built-in table for Qwen's hub names, or config.json alone from the hub.
 
     Raises:
         ModelElsewhereError: no such folder, or a hub name that cannot be looked up from here.
@@ -125,7 +160,7 @@ def read_architecture(config: ModelConfig) -> Architecture:
     name = config.hf_path
     owner, _, model = name.rpartition("/")
     exists = os.path.exists(name)
-    if owner == "Qwen" and not exists and (known := QWEN3.get(model.removesuffix("-Base"))):
+    if owner == "Qwen" and not exists and (known := QWEN.get(model.removesuffix("-Base").removesuffix("-Instruct"))):
         return known
     if is_local(name) and not exists:
         raise ModelElsewhereError(f"model.hf_path: {name} does not exist; point it at a Hugging Face model folder")
@@ -138,6 +173,6 @@ def read_architecture(config: ModelConfig) -> Architecture:
     except Exception as error:  # the hub client raises many kinds; all mean that the file is not to be had
         raise ModelElsewhereError(
             f"model.hf_path: {name} is not a local folder, its config.json cannot be fetched ({type(error).__name__}), and "
-            f"its numbers are not built in (Qwen/ {', '.join(QWEN3)} are); point it at the model's folder"
+            f"its numbers are not built in (Qwen/ {', '.join(QWEN)} are); point it at the model's folder"
         ) from None
     return Architecture.from_hf(read_hf_config(folder))

@@ -28,6 +28,7 @@ from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.model.backend import choose_backend
 from megatron_reheat.model.checkpoint import install_checkpoint_fixes, load_weights, save_weights
 from megatron_reheat.model.checkpoint_reader import CheckpointReader
+from megatron_reheat.model.families import head_dim
 from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import (
     AttentionShape,
@@ -39,7 +40,7 @@ from megatron_reheat.model.hf_weights import (
     whole_model_rules,
 )
 from megatron_reheat.model.hf_writer import write_hf_folder
-from megatron_reheat.model.provider import build_model, head_dim, read_hf_config
+from megatron_reheat.model.provider import build_model, read_hf_config
 from megatron_reheat.parallel import topology as parallel_topology
 from megatron_reheat.parallel.topology import Topology
 

@@ -23,8 +23,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_reheat.errors import ConfigError
+from megatron_reheat.model.families import family_of, head_dim
 from megatron_reheat.model.hf_reader import HFReader
-from megatron_reheat.model.provider import head_dim, read_hf_config
+from megatron_reheat.model.provider import read_hf_config
 from megatron_reheat.parallel.topology import Topology
 
 Kind = Literal["full", "rows", "columns", "gate_up", "qkv"]
@@ -41,12 +42,14 @@ _OUTER: dict[str, tuple[Kind, tuple[str, ...]]] = {
     "decoder.final_layernorm.weight": ("full", ("model.norm.weight",)),
 }
 _QKV = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+_QKV_BIAS = ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
 _LAYER: dict[str, tuple[Kind, tuple[str, ...]]] = {
     "input_layernorm.weight": ("full", ("input_layernorm.weight",)),
     "pre_mlp_layernorm.weight": ("full", ("post_attention_layernorm.weight",)),
     "self_attention.q_layernorm.weight": ("full", ("self_attn.q_norm.weight",)),
     "self_attention.k_layernorm.weight": ("full", ("self_attn.k_norm.weight",)),
     "self_attention.linear_qkv.weight": ("qkv", _QKV),
+    "self_attention.linear_qkv.bias": ("qkv", _QKV_BIAS),
     "self_attention.linear_proj.weight": ("columns", ("self_attn.o_proj.weight",)),
     "mlp.linear_fc1.weight": ("gate_up", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
     "mlp.linear_fc2.weight": ("columns", ("mlp.down_proj.weight",)),
@@ -100,8 +103,10 @@ def tensor_shapes(hf: Any) -> dict[str, tuple[int, ...]]:
         "self_attn.q_proj.weight": (queries, hidden),
         "self_attn.v_proj.weight": (keys, hidden),
     }
-    if hf.model_type == "qwen3":
+    if family_of(hf).qk_norm:
         of_layer |= {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
+    if family_of(hf).qkv_bias:
+        of_layer |= dict(zip(_QKV_BIAS, ((queries,), (keys,), (keys,)), strict=True))
     shapes: dict[str, tuple[int, ...]] = {} if hf.tie_word_embeddings else {HEAD: (hf.vocab_size, hidden)}
     shapes[EMBEDDING] = (hf.vocab_size, hidden)
     for layer in range(hf.num_hidden_layers):

@@ -1,4 +1,4 @@
-"""Megatron `GPTModel` from a Hugging Face configuration of the Qwen3 or Llama family (dense)."""
+"""Megatron `GPTModel` from a Hugging Face configuration of one of the `families` (dense)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,19 @@ from megatron_reheat.config import Config, ModelConfig
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.files import problem_of_file, problem_of_folder
 from megatron_reheat.model.backend import Backend
+from megatron_reheat.model.families import (
+    FAMILIES,
+    PLANNED,
+    ROPE_SETTINGS,
+    family_of,
+    head_dim,
+    rope_parameters,
+    rotary_frequencies,
+)
 from megatron_reheat.model.head import HeadlessGPTModel
 from megatron_reheat.model.layers import block_spec
 from megatron_reheat.parallel.topology import Topology
 
-# transformers goes by model_type, vLLM by architectures: both must mean the same network
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
-FAMILIES = tuple(ARCHITECTURES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FILE_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 HUB_WAIT_S = 1.5
@@ -40,7 +46,7 @@ MERGE_ADAPTER = "merge it into the model that it adapts, and point at the result
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 QUANTIZATION_FILE = "hf_quant_config.json"  # by older ModelOpt
 # What changes the logits of related models, with the value under which it does not. Some of these keys are read by vLLM
-# for the two families here, some by transformers, some by neither; a model that was trained with one is not computed here.
+# for the families here, some by transformers, some by neither; a model that was trained with one is not computed here.
 INERT_VALUES: dict[str, Any] = {
     "attention_chunk_size": None,
     "attention_multiplier": None,
@@ -60,8 +66,6 @@ INERT_VALUES: dict[str, Any] = {
     "residual_multiplier": 1,
     "transformers_weights": None,
 }
-# the constants in Megatron's own formula
-LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
 
 def is_local(hf_path: str) -> bool:
@@ -151,8 +155,9 @@ def read_hf_config(folder: Path) -> Any:
             f"model.hf_path: {path} is not a JSON object with a model_type; copy or download the model again"
         ) from None
     if model_type not in FAMILIES:
+        later = "".join(f" ({plan})" for word, plan in PLANNED.items() if word in str(model_type))
         raise ConfigError(
-            f"model.hf_path: {path}: model_type {model_type!r} is not supported; use one of {', '.join(FAMILIES)}"
+            f"model.hf_path: {path}: model_type {model_type!r} is not supported{later}; use one of {', '.join(FAMILIES)}"
         )
     if quantization := _quantization(folder, tree):
         raise ConfigError(
@@ -200,8 +205,8 @@ def _unsupported(hf: Any) -> Iterator[str]:
         yield "sliding-window attention (use_sliding_window, sliding_window)"
     elif layer_types - {"full_attention"}:
         yield f"layer_types {sorted(layer_types)} (full_attention is)"
-    if hf.architectures != [ARCHITECTURES[hf.model_type]]:
-        yield f"architectures {hf.architectures!r} (of {hf.model_type}, [{ARCHITECTURES[hf.model_type]!r}] is)"
+    if hf.architectures != [architecture := family_of(hf).architecture]:
+        yield f"architectures {hf.architectures!r} (of {hf.model_type}, [{architecture!r}] is)"
     yield from _unsupported_sizes(hf)
     yield from _unsupported_rope(hf)
 
@@ -239,36 +244,43 @@ def _unsupported_sizes(hf: Any) -> Iterator[str]:
 def _unsupported_rope(hf: Any) -> Iterator[str]:
     rope = rope_parameters(hf)
     kind, theta = rope["rope_type"], rope["rope_theta"]
-    if kind not in ("default", "llama3"):
-        yield f"rope_type {kind!r} (default and llama3 are)"
+    if kind not in ROPE_SETTINGS:
+        yield f"rope_type {kind!r} ({', '.join(ROPE_SETTINGS)} are)"
         return
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf:
         yield f"rope_theta {theta!r} (a number above 0 is)"
-    # transformers computes these two kinds without it, vLLM with it
+    # some kinds are computed by transformers without it, by vLLM with it
     if rope.get("partial_rotary_factor") not in (None, 1):
         yield f"partial_rotary_factor {rope['partial_rotary_factor']!r} (1 is)"
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    if kind == "llama3":
-        known |= {"factor", *LLAMA3_ROPE}
-        # transformers lets a value outside of the rope settings overrule the one inside
-        length = getattr(hf, "original_max_position_embeddings", None)
-        given = rope if length is None else {**rope, "original_max_position_embeddings": length}
-        if any(given.get(key) != value for key, value in LLAMA3_ROPE.items()):
-            yield "llama3 rope with other constants than low 1, high 4, original length 8192"
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE_SETTINGS[kind]}
     if foreign := [key for key, value in rope.items() if key not in known and value is not None]:
         yield f"{', '.join(foreign)} in the settings of {kind} rope"
+    yield from _unsupported_scaling(hf, rope)
 
 
-def rope_parameters(hf: Any) -> dict[str, Any]:
-    """Rotary settings of transformers 4 and 5 configurations alike, with `rope_type` and `rope_theta` always there."""
-    rope = dict(getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {})
-    rope.setdefault("rope_type", "default")
-    rope.setdefault("rope_theta", getattr(hf, "rope_theta", 10000.0))
-    return rope
-
-
-def head_dim(hf: Any) -> int:
-    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+def _unsupported_scaling(hf: Any, rope: dict[str, Any]) -> Iterator[str]:
+    kind, needed = rope["rope_type"], ROPE_SETTINGS[rope["rope_type"]]
+    numbers = needed - {"truncate"}
+    wrong = [
+        f"{key} {value!r}"
+        for key in sorted(numbers)
+        if (value := rope.get(key)) is not None
+        and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf)
+    ]
+    if kind != "default" and rope.get("factor") is None:
+        wrong.append("no factor")
+    if wrong:
+        yield f"{', '.join(wrong)} in the settings of {kind} rope (numbers above 0 are)"
+        return
+    length = rope.get("original_max_position_embeddings")
+    if length is None:
+        return
+    # transformers lets a value outside of the rope settings overrule the one inside, vLLM does not
+    outside = getattr(hf, "original_max_position_embeddings", None)
+    if outside not in (None, length):
+        yield f"original_max_position_embeddings {outside} beside {length} in the rope settings"
+    if kind == "yarn" and length * rope["factor"] < hf.max_position_embeddings:  # vLLM makes no angles for more
+        yield f"yarn rope of {length} x {rope['factor']:g} positions for max_position_embeddings {hf.max_position_embeddings}"
 
 
 def padded_vocab_size(vocab_size: int, config: Config) -> int:
@@ -300,7 +312,7 @@ def check_layout(hf: Any, config: Config) -> None:
 def transformer_config(hf: Any, config: Config, backend: Backend) -> TransformerConfig:
     """Megatron's configuration of the same network; every fusion that needs Transformer Engine or Apex is off without."""
     dtype = DTYPES[config.model.dtype]
-    fused = backend.attention == "transformer_engine"
+    fused, family = backend.attention == "transformer_engine", family_of(hf)
     recompute: dict[str, Any] = {}
     if config.model.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -315,7 +327,9 @@ def transformer_config(hf: Any, config: Config, backend: Backend) -> Transformer
         kv_channels=head_dim(hf),
         layernorm_epsilon=hf.rms_norm_eps,
         normalization="RMSNorm",
-        qk_layernorm=hf.model_type == "qwen3",
+        qk_layernorm=family.qk_norm,
+        add_qkv_bias=family.qkv_bias,
+        softmax_scale=rotary_frequencies(hf)[1] ** 2 / math.sqrt(head_dim(hf)),
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
@@ -350,7 +364,6 @@ def transformer_config(hf: Any, config: Config, backend: Backend) -> Transformer
 def build_model(hf: Any, config: Config, topology: Topology, backend: Backend) -> GPTModel:
     """This rank's part of the network, with Megatron's random initialisation."""
     megatron_config = transformer_config(hf, config, backend)
-    rope = rope_parameters(hf)
     model_class = HeadlessGPTModel if config.model.fused_head else GPTModel
     model = model_class(
         megatron_config,
@@ -361,8 +374,7 @@ def build_model(hf: Any, config: Config, topology: Topology, backend: Backend) -
         post_process=topology.is_last_stage,
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=rope["rope_theta"],
-        rope_scaling=rope["rope_type"] == "llama3",
-        rope_scaling_factor=rope.get("factor", 8.0),
     )
+    # Megatron computes the default kind and one of llama3's; what queries and keys are multiplied by is in softmax_scale
+    model.rotary_pos_emb.inv_freq = rotary_frequencies(hf)[0].to(topology.device)
     return model.to(topology.device)

@@ -87,10 +87,15 @@ def test_config_that_is_not_one(recipe, model, text):
     assert f"{model / 'config.json'} is not a JSON object with a model_type" in refused(recipe)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "qwen3_moe", "no_such_architecture"])
-def test_unsupported_architecture(recipe, model, model_type):
+@pytest.mark.parametrize(
+    ("model_type", "later"),
+    [("gpt2", ""), ("qwen3_moe", " (mixtures of experts are planned for later)"), ("no_such_architecture", "")],
+)
+def test_unsupported_architecture(recipe, model, model_type, later):
     edit_json(model / "config.json", model_type=model_type)
-    assert f"model_type {model_type!r} is not supported; use one of qwen3, llama" in refused(recipe)
+    assert f"model_type {model_type!r} is not supported{later}; use one of qwen3, qwen2, llama, mistral" in refused(
+        recipe
+    )
 
 
 def test_unsupported_variant_of_a_supported_architecture(recipe, model):

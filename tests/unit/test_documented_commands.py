@@ -68,7 +68,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, known in MODELS.items():
         folder = tmp_path_factory.mktemp("models")
         numbers = asdict(QWEN3[known])
-        assert numbers.pop("qk_norm")
+        assert numbers.pop("qk_norm") and not numbers.pop("qkv_bias")
         tree = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", **numbers}
         (folder / "config.json").write_text(json.dumps(tree))
         character_tokenizer().save_pretrained(folder)

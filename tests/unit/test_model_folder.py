@@ -44,6 +44,10 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+OTHER_LENGTHS = {"low_freq_factor": 2.0, "high_freq_factor": 6.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "rope_theta": 5000.5, "factor": 3.0}
+OLD_LINEAR = {"type": "linear", "factor": 3.0}
+YARN = {"rope_type": "yarn", "rope_theta": 5000.5, "factor": 4.0, "original_max_position_embeddings": 64}
 OLD_LLAMA3 = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
 
 
@@ -99,6 +103,18 @@ READ_RIGHT: dict[str, tuple[str, Spoil]] = {
     "llama3 rope of transformers 4": (
         "llama",
         config_with("rope_parameters", rope_theta=5000.5, rope_scaling=OLD_LLAMA3),
+    ),
+    "llama3 rope of other lengths": ("qwen2", config_with(rope_parameters={**LLAMA3, **OTHER_LENGTHS})),
+    "linear rope": ("llama", config_with(rope_parameters=LINEAR)),
+    "linear rope of transformers 4": (
+        "mistral",
+        config_with("rope_parameters", rope_theta=77.5, rope_scaling=OLD_LINEAR),
+    ),
+    "yarn": ("qwen2", config_with(rope_parameters=YARN)),
+    "yarn with its own sharpness": ("qwen3_tied", config_with(rope_parameters={**YARN, "attention_factor": 1.5})),
+    "yarn with other ramps": (
+        "llama",
+        config_with(rope_parameters={**YARN, "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False}),
     ),
     "another epsilon": ("qwen3_tied", config_with(rms_norm_eps=0.3)),
     "float16": ("qwen3_tied", cast_to(torch.float16)),
@@ -169,14 +185,18 @@ CONFIGS: dict[str, tuple[Spoil, str]] = {
     "rope_theta as text": (config_with(rope_parameters={"rope_theta": "1e6"}), "rope_theta '1e6' (a number above 0 is)"),
     "no rope_theta": (config_with(rope_parameters={"rope_theta": None}), "rope_theta None"),
     "rope_theta 0": (config_with(rope_parameters={"rope_theta": 0}), "rope_theta 0 "),
-    "linear rope": (config_with(rope_parameters={"rope_type": "linear", "factor": 2.0}), "rope_type 'linear'"),
-    "old linear rope": (config_with(rope_scaling={"type": "linear", "factor": 2.0}), "rope_type 'linear'"),
-    "yarn": (config_with(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "rope_type 'yarn'"),
+    "dynamic rope": (config_with(rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "rope_type 'dynamic' (default, l"),
+    "old dynamic rope": (config_with(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_type 'dynamic'"),
+    "linear rope to 0": (config_with(rope_parameters={**LINEAR, "factor": 0.0}), "factor 0.0 in the settings of linear rope"),
+    "yarn for fewer positions": (
+        config_with(rope_parameters={**YARN, "factor": 2.0}), "yarn rope of 64 x 2 positions for max_position_embeddings 256"
+    ),
+    "yarn with what vLLM does not read": (config_with(rope_parameters={**YARN, "low_freq_factor": 1}), "low_freq_factor in t"),
     "partial rope": (config_with(partial_rotary_factor=0.5), "partial_rotary_factor 0.5 (1 is)"),
     "rope by layer type": (config_with(rope_parameters={"full_attention": {"rope_theta": 5.0}}), "full_attention in the"),
-    "other llama3 rope": (config_with(rope_parameters={**LLAMA3, "low_freq_factor": 2.0}), "llama3 rope with other const"),
     "overruled llama3 rope": (
-        config_with(rope_parameters=LLAMA3, original_max_position_embeddings=64), "llama3 rope with other constants"
+        config_with(rope_parameters=LLAMA3, original_max_position_embeddings=64),
+        "original_max_position_embeddings 64 beside 8192 in the rope settings",
     ),
     "incomplete llama3 rope": (config_with(rope_parameters={"rope_type": "llama3"}), "config.json is not a valid config"),
     "sliding window": (config_with(sliding_window=8, use_sliding_window=True), "sliding-window attention"),

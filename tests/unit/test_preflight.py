@@ -24,7 +24,7 @@ from megatron_reheat.cluster.preflight import check, find_knee, make_estimate, s
 from megatron_reheat.cluster.published import comparisons
 from megatron_reheat.config import Config, apply_override, load_config, parse_config
 from megatron_reheat.errors import ConfigError
-from megatron_reheat.model.architecture import LLAMA_31_8B, QWEN3, Architecture, read_architecture
+from megatron_reheat.model.architecture import LLAMA_31_8B, QWEN, QWEN3, QWEN25, Architecture, read_architecture
 from megatron_reheat.rollout.engine_options import engine_options
 from megatron_reheat.stages.sampler import with_fixed_cache
 from tests.e2e import runs
@@ -70,10 +70,16 @@ def refusal(config: Config, **options: Any) -> str:
         ("Qwen3-8B", 8_190_735_360),
         ("Qwen3-14B", 14_768_307_200),
         ("Qwen3-32B", 32_762_123_264),
+        ("Qwen2.5-0.5B", 494_032_768),
+        ("Qwen2.5-1.5B", 1_543_714_304),
+        ("Qwen2.5-3B", 3_085_938_688),
+        ("Qwen2.5-7B", 7_615_616_512),
+        ("Qwen2.5-14B", 14_770_033_664),
+        ("Qwen2.5-32B", 32_763_876_352),
     ],
 )
 def test_parameter_counts_are_the_published_ones(name: str, count: int) -> None:
-    assert QWEN3[name].num_parameters == count
+    assert QWEN[name].num_parameters == count
 
 
 def test_llama_has_no_query_and_key_norms() -> None:
@@ -89,10 +95,18 @@ def test_a_folder_counts_what_transformers_counts(family: str, tmp_path: Path) -
     assert counted == AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters()
 
 
-@pytest.mark.parametrize("name", ["Qwen/Qwen3-4B", "Qwen/Qwen3-4B-Base"])
-def test_qwen3_names_need_no_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("Qwen3-4B", QWEN3["Qwen3-4B"]),
+        ("Qwen3-4B-Base", QWEN3["Qwen3-4B"]),
+        ("Qwen2.5-Math-7B", QWEN25["Qwen2.5-Math-7B"]),
+        ("Qwen2.5-0.5B-Instruct", QWEN25["Qwen2.5-0.5B"]),
+    ],
+)
+def test_qwen_names_need_no_hub(name: str, known: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: pytest.fail("asked the hub"))
-    assert read_architecture(configured(model={"hf_path": name}).model) is QWEN3["Qwen3-4B"]
+    assert read_architecture(configured(model={"hf_path": f"Qwen/{name}"}).model) is known
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
