@@ -32,6 +32,7 @@ from megatron_reheat import recipe_text
 from megatron_reheat.confidential import TOKEN_VARIABLE, redact, redact_text
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.files import NO_SUCH_FILE, problem_of_file
+from megatron_reheat.foreign_keys import translations
 from megatron_reheat.recipe_text import MAX_DEPTH
 
 MAX_SHOWN = 80  # characters of a wrong value in an error
@@ -287,7 +288,10 @@ class RewardConfig(Section):
         default="math",
         description="math: boxed answers compared as mathematics; reasoning_gym: the task's own scorer; function: your own",
     )
-    function: Annotated[Mapping[str, float] | None, BeforeValidator(_weighted_functions)] = Field(
+    function: Annotated[
+        Mapping[str, float] | None,
+        BeforeValidator(_weighted_functions, json_schema_input_type=str | dict[str, float] | None),
+    ] = Field(
         default=None,
         description="path/to/file.py:name or package.module:name, called with response and record; or several with weights",
     )
@@ -871,7 +875,9 @@ def explain(
     key, origins = prefix + ".".join(location), origins or {}
     where = f" ({origin})" if (origin := _origin(location, origins)) else ""
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_suggestion(location, section or Config)}{where if ', line ' in where else ''}"
+        foreign = translations(key, error["input"])[:MAX_LISTED]
+        meant = f"; {', '.join(foreign)} here" if foreign else _suggestion(location, section or Config)
+        return f"{key}: unknown key{meant}{where if ', line ' in where else ''}"
     if error["type"] == "missing":
         return f"{key}: this key is required"
     if error["type"] == "model_type":

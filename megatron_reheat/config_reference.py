@@ -10,7 +10,7 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +30,7 @@ from megatron_reheat.config import (
     checked_url,
 )
 from megatron_reheat.errors import ConfigError
+from megatron_reheat.foreign_keys import PROJECTS
 from megatron_reheat.methods import METHODS, method_class
 
 MARKDOWN, SCHEMA = "README.md", "recipe.schema.json"
@@ -94,7 +95,7 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
     validators = [getattr(item, "func", None) for item in metadata]
     if origin in (tuple, list):
         return f"list of {_kind(inner[0], [])}s"
-    if origin is dict:
+    if origin in (dict, Mapping):
         return "mapping"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "a section"
@@ -154,6 +155,10 @@ def markdown() -> str:
         found = list(rows(cls.Options, "rl.options."))
         file = f"../megatron_reheat/methods/{METHODS[method].partition(':')[0]}.py"
         parts.append(f"### [{method}]({file})\n\n{_table(found) if found else 'None.' + chr(10)}")
+    parts.append("## Keys of other trainers\n\nWhat an unknown key's error says, too.\n")
+    for project, keys in PROJECTS.items():
+        lines = [f"| {project} | here |", "|---|---|", *(f"| `{theirs}` | {ours} |" for theirs, ours in keys.items())]
+        parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
