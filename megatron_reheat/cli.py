@@ -12,7 +12,9 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="reheat", description="Entropy-collapse repair for RL from verifiable rewards"
     )
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="run a recipe; starts its own processes unless torchrun already did")
     train.add_argument("config", type=Path)
@@ -98,6 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what is installed here, what is missing and what is used instead")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _version() -> str:
+    try:
+        return f"megatron_reheat {version('megatron_reheat')}"
+    except PackageNotFoundError:  # a clone that is run as it lies
+        return "megatron_reheat (not installed)"
 
 
 def _add_check(commands: Any) -> None:
@@ -200,7 +210,10 @@ def _add_slurm(commands: Any) -> None:
 
 def _add_eval(commands: Any) -> None:
     command = commands.add_parser("eval", help="sample a model on evaluation suites: avg@n and pass@k with intervals")
-    command.add_argument("model", metavar="MODEL", help="Hugging Face folder or hub name")
+    command.add_argument(
+        "model", metavar="MODEL", help="Hugging Face folder or hub name, a run's folder or a checkpoint"
+    )
+    _add_checkpoint(command)
     command.add_argument(
         "--suite", dest="suites", nargs="+", required=True, metavar="NAME", help="e.g. math500, reasoning_gym:countdown"
     )
@@ -225,6 +238,13 @@ def _add_eval(commands: Any) -> None:
     command.set_defaults(run=_eval)
 
 
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--checkpoint", choices=("latest", "best"), default="latest", help="of a run folder")
+    command.add_argument(
+        "--hf-source", metavar="FOLDER", help="configuration and tokenizer, where the run's have moved"
+    )
+
+
 def _eval(parsed: argparse.Namespace) -> int:
     from megatron_reheat.evaluation.evaluate import evaluate
     from megatron_reheat.evaluation.results import (
@@ -234,15 +254,19 @@ def _eval(parsed: argparse.Namespace) -> int:
         results_table,
         stopped_after,
     )
+    from megatron_reheat.stages.convert import as_hf_folder
 
     hold_stop_signals()
     given: dict[str, Any] = {**vars(parsed), "suites": tuple(parsed.suites), "engine": tuple(parsed.engine)}
+    which, hf_source = given.pop("checkpoint"), given.pop("hf_source")
     del given["run"]
-    options = EvalOptions(**given)
     results: list[SuiteResult] = []
+    options = EvalOptions(**given)
     stopped = partial(stopped_after, results, options)
     StopWatch(stopped, "stopping after the suite in progress").start()
-    evaluate(options, results)
+    with as_hf_folder(parsed.model, which, hf_source) as (name, folder):
+        options = replace(options, model=name, folder=folder)
+        evaluate(options, results)
     if results:
         print_table(results_table(results, options))
     if len(results) < len(options.suites):
@@ -308,14 +332,12 @@ def _add_convert(commands: Any) -> None:
         nargs=2,
         type=Path,
         metavar=("CHECKPOINT", "OUT"),
-        help="runs/NAME/checkpoints/step-N, or a run folder for its latest",
+        help="runs/NAME/checkpoints/step-N, or a run folder",
     )
     direction.add_argument(
         "--from-hf", nargs=2, metavar=("MODEL", "OUT"), help="makes a run folder for run.fork_from, without optimizer"
     )
-    command.add_argument(
-        "--hf-source", metavar="FOLDER", help="configuration and tokenizer, where the run's have moved"
-    )
+    _add_checkpoint(command)
     command.add_argument("--shard-gb", type=float, default=4.0, help="largest size of a weights file")
     command.add_argument("--no-verify", action="store_true", help="do not compare logits; memory stays at one shard")
     command.add_argument("--verify-vllm", action="store_true", help="compare vLLM's greedy samples too")
@@ -345,6 +367,7 @@ def _convert(parsed: argparse.Namespace) -> int:
         to_hf(
             source,
             out,
+            which=parsed.checkpoint,
             hf_source=parsed.hf_source,
             shard_gb=parsed.shard_gb,
             verify=not parsed.no_verify,

@@ -79,7 +79,7 @@ def evaluate(options: EvalOptions, results: list[SuiteResult]) -> None:
     """
     _check(options)
     rollout = _engine_config(options)
-    model = _read_model(options.model, chat=options.template == "chat")
+    model = _read_model(options.folder or options.model, chat=options.template == "chat")
     suites = load_suites(
         options.suites,
         model.tokenizer,

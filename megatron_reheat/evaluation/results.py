@@ -22,7 +22,8 @@ BOOTSTRAP_SEED = 0
 class EvalOptions:
     """The command's arguments; sampling defaults are the paper's (arXiv 2606.00755).
 
-    `engine` holds `key=value` settings of the recipe's rollout section. `out` None: `runs/eval/<model>/<time>`.
+    `folder` is the Hugging Face folder of `model`, where that is a run's checkpoint. `engine` holds `key=value` settings of
+    the recipe's rollout section. `out` None: `runs/eval/<model>/<time>`.
     """
 
     model: str
@@ -39,6 +40,7 @@ class EvalOptions:
     replicas: int = 1
     engine: tuple[str, ...] = ()
     out: Path | None = None
+    folder: str | None = None
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
+from megatron_reheat.checkpoint_folder import best_checkpoint, checkpoint_step
 from megatron_reheat.config import ModelConfig
 from megatron_reheat.data.prompts import check_vocabulary
 from megatron_reheat.data.tokenizer import read_tokenizer, stop_token_ids
@@ -31,6 +34,7 @@ from megatron_reheat.stages.inputs import read_model
 from megatron_reheat.stages.run_state import RunState
 
 # (folder, prompts, number of tokens) -> token ids and log-probabilities of each prompt's greedy continuation
+Which = Literal["latest", "best"]
 GreedySampler = Callable[[Path, list[list[int]], int], list[tuple[list[int], list[float]]]]
 
 
@@ -38,12 +42,13 @@ def to_hf(
     source: Path,
     out: Path,
     *,
+    which: Which = "latest",
     hf_source: str | None = None,
     shard_gb: float = 4.0,
     verify: bool = True,
     engine: GreedySampler | None = None,
 ) -> str:
-    """Writes `out` from a checkpoint, or from a run folder's latest; returns one sentence about it.
+    """Writes `out` from a checkpoint, or from a run folder's latest or best; returns one sentence about it.
 
     `out` appears when it is complete and verified, not before. Without `verify` memory stays near one shard; with it,
     it is about twice the model in float32.
@@ -58,7 +63,7 @@ def to_hf(
     if not 0 < shard_gb < math.inf:
         raise ConfigError(f"--shard-gb must be above 0 and finite, got {shard_gb:g}")
     _refuse_existing(out)
-    run, checkpoint = _find_checkpoint(source)
+    run, checkpoint = _find_checkpoint(source, which)
     hf_folder = _find_hf_folder(run, hf_source)
     tokenizer = read_tokenizer(hf_folder)
     if problem := verify_checkpoint(checkpoint):
@@ -143,14 +148,42 @@ def _engine_gap(samples: list[tuple[list[int], list[float]]], reference: Referen
     return gap
 
 
-def _find_checkpoint(source: Path) -> tuple[Path, Path]:
+@contextmanager
+def as_hf_folder(model: str, which: Which, hf_source: str | None) -> Iterator[tuple[str, str]]:
+    """(name, Hugging Face folder) of a model to look at. A run's checkpoint is written out beside the run meanwhile.
+
+    Raises:
+        ReheatError: there is no such checkpoint, or it cannot be written out.
+    """
+    path = Path(model)
+    if not RunFolder(path).checkpoints.is_dir() and checkpoint_step(path) is None:
+        yield model, model
+        return
+    run, checkpoint = _find_checkpoint(path, which)
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix=".hf-", dir=run)
+    except OSError as error:
+        raise ReheatError(
+            f"cannot write beside {checkpoint}: {error.strerror}; export it with reheat convert"
+        ) from None
+    with scratch as folder:
+        out = Path(folder) / checkpoint.name
+        to_hf(checkpoint, out, hf_source=hf_source, verify=False)
+        yield str(checkpoint), str(out)
+
+
+def _find_checkpoint(source: Path, which: Which) -> tuple[Path, Path]:
     """(run folder, checkpoint) of a checkpoint or a run folder."""
     if not source.is_dir():
         raise ReheatError(f"{source} does not exist; name a checkpoint (runs/NAME/checkpoints/step-N) or a run folder")
     run = RunFolder(source)
     if not run.checkpoints.is_dir():
         return source.resolve().parent.parent, source
-    checkpoint = latest_checkpoint(run.checkpoints)
+    checkpoint = latest_checkpoint(run.checkpoints) if which == "latest" else best_checkpoint(run.checkpoints)
+    if checkpoint is None and which == "best":
+        raise ReheatError(
+            f"{run.checkpoints} holds no best checkpoint; let the run keep one (checkpoint.keep_best), or take the latest"
+        )
     if checkpoint is None:
         raise ReheatError(f"{run.checkpoints} holds no complete checkpoint; let the run save one first")
     return source, checkpoint

@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from megatron_reheat.model.checkpoint_reader import CheckpointReader
 from megatron_reheat.model.convert import Reference, compare_with_transformers
 from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.model_card import model_card
-from megatron_reheat.stages.convert import _engine_gap, from_hf, to_hf
+from megatron_reheat.stages.convert import _engine_gap, as_hf_folder, from_hf, to_hf
 from tests.hostile_checkpoints import PAYLOADS, REASONS, tamper
 from tests.tiny_models import VOCAB_SIZE, save_tiny_model
 
@@ -119,6 +120,26 @@ def test_a_checkpoint_is_found_from_its_run_folder_and_by_itself(run, tmp_path):
     assert by_run.replace("/a:", "/b:") == by_checkpoint
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
+
+
+def test_a_run_is_written_out_for_as_long_as_it_is_looked_at(run, hf_folder):
+    with as_hf_folder(str(run), "latest", None) as (name, folder):
+        assert name == str(run / "checkpoints" / "step-30")
+        assert HFReader(Path(folder)).names() == HFReader(hf_folder).names()
+    assert not Path(folder).exists() and not list(run.glob(".hf-*"))
+    with as_hf_folder(str(run / "checkpoints" / "step-30"), "best", None) as (name, folder):
+        assert name.endswith("step-30") and Path(folder).exists()
+    for model in (str(hf_folder), "Qwen/Qwen3-4B"):
+        with as_hf_folder(model, "latest", None) as found:
+            assert found == (model, model)
+
+
+def test_the_best_is_taken_where_one_was_kept(run, tmp_path):
+    with pytest.raises(ReheatError, match=r"holds no best checkpoint; let the run keep one \(checkpoint\.keep_best\)"):
+        to_hf(run, tmp_path / "out", which="best", verify=False)
+    (run / "checkpoints" / "step-30").rename(run / "checkpoints" / "step-20")
+    (run / "checkpoints" / "best").write_text("step-20")
+    assert "step-20 in 1 file" in to_hf(run, tmp_path / "out", which="best", verify=False)
 
 
 def test_the_reader_joins_chunks_and_refuses_gaps(run):
