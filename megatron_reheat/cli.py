@@ -116,7 +116,7 @@ def _add_check(commands: Any) -> None:
     command.add_argument("overrides", nargs="*", metavar="key=value", help="directly after CONFIG")
     command.add_argument("--gpus", type=int, metavar="N", help="default: what the recipe asks for, else 8")
     command.add_argument(
-        "--gpu", default="h100-80g", metavar="KIND", help="a100-80g, h100-80g, h200-141g, b200-192g, cpu"
+        "--gpu", default="h100-80g", metavar="KIND", help="rtx3090-24g ... b200-192g, cpu; a wrong one lists all"
     )
     command.add_argument(
         "--mean-tokens", type=float, metavar="T", help="mean response; default: max_tokens / 4, <= 2048"

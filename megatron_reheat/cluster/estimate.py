@@ -78,7 +78,14 @@ class Gpu:
     constants: Constants = Constants()
 
 
+# bf16 with float32 sums; the small kinds are joined by PCIe and nodes by 10 Gbit/s
 GPUS = {
+    "a10g-24g": Gpu(22.1, 70e12, 0.60e12, 32e9, 1.25e9),
+    "rtx3090-24g": Gpu(23.6, 71e12, 0.936e12, 32e9, 1.25e9),
+    "rtx4090-24g": Gpu(23.6, 165e12, 1.008e12, 32e9, 1.25e9),
+    "rtx5090-32g": Gpu(31.3, 209e12, 1.792e12, 64e9, 1.25e9),
+    "a100-40g": Gpu(39.4, 312e12, 1.555e12, 300e9, 25e9),
+    "l40s-48g": Gpu(44.4, 362e12, 0.864e12, 32e9, 1.25e9),
     "a100-80g": Gpu(79.1, 312e12, 2.04e12, 300e9, 25e9),
     "h100-80g": Gpu(79.1, 989e12, 3.35e12, 450e9, 50e9),
     "h200-141g": Gpu(139.8, 989e12, 4.8e12, 450e9, 50e9),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_reheat.config import load_config
 from tests.e2e import runs
 
 RECIPE = runs.ROOT / "yaml" / "countdown_cpu_own_reward.yaml"
@@ -17,6 +18,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("own")
     sizes = runs.recipe(runs.make_policy_folder(root / "model"), root)
     del sizes["reward"]
+    reward = load_config(RECIPE).reward
+    assert reward.kind == "function" and reward.sandbox and reward.function is not None
+    assert {name.rpartition("examples/")[2]: weight for name, weight in reward.function.items()} == {
+        "own_reward/rewards.py:closeness": 1.0,
+        "own_reward/rewards.py:brevity": 0.1,
+    }
     tree = {**sizes, "base": str(RECIPE), "run": {**sizes["run"], "steps": 4}}
     tree["sft"]["steps"] = 0
     tree["rl"] |= {"minibatch_prompts": None, "dynamic_sampling": True, "max_generation_batches": 4}
