@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -46,11 +48,40 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+class LengthClass(NamedTuple):
+    """Packed sequences that are attended as one padded block [S, L]: where each of their n tokens lies, [n] all.
+
+    `position` is a token's place in the packing, `row` and `column` that in the block.
+    """
+
+    shape: tuple[int, int]
+    position: Tensor
+    row: Tensor
+    column: Tensor
+
+
+def length_classes(borders: Sequence[int], device: torch.device) -> Iterator[LengthClass]:
+    """Sequences whose lengths lie between the same powers of two, so that at most half of a block is padding.
+
+    In one block with a long sequence, short ones would cost as much as that one does.
+    """
+    members: dict[int, list[tuple[int, int]]] = {}
+    for start, end in itertools.pairwise(borders):
+        if end > start:
+            members.setdefault((end - start - 1).bit_length(), []).append((start, end - start))
+    for sequences in members.values():
+        starts, lengths = torch.tensor(sequences, device=device).T
+        count, longest = sum(n for _, n in sequences), max(n for _, n in sequences)
+        row = torch.repeat_interleave(torch.arange(len(sequences), device=device), lengths, output_size=count)
+        column = torch.arange(count, device=device) - (lengths.cumsum(0) - lengths)[row]
+        yield LengthClass((len(sequences), longest), starts[row] + column, row, column)
+
+
 class PackedAttention(MegatronModule):
     """Causal attention within each packed sequence, through torch's scaled_dot_product_attention.
 
-    Sequences are scattered into a padded [S, L] block, attended in one call and gathered back. Padding is on the right, so
-    the causal mask alone keeps it away from real tokens.
+    Sequences of similar lengths are scattered into a padded [S, L] block, attended in one call and gathered back. Padding is on
+    the right, so the causal mask alone keeps it away from real tokens.
     """
 
     def __init__(
@@ -79,23 +110,22 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         """query [T, heads, d], key and value [T, groups, d] -> [T, heads x d]."""
         assert packed_seq_params is not None and attention_bias is None
-        borders = packed_seq_params.cu_seqlens_q.long()
-        lengths = borders.diff()
-        num_tokens = query.size(0)
-        row = torch.repeat_interleave(torch.arange(len(lengths), device=query.device), lengths, output_size=num_tokens)
-        column = torch.arange(num_tokens, device=query.device) - borders[row]
-        shape = (len(lengths), packed_seq_params.max_seqlen_q)
-
-        def scatter(x: Tensor) -> Tensor:
-            """[T, heads, d] -> [S, heads, L, d]"""
-            return x.new_zeros(*shape, *x.shape[1:]).index_put((row, column), x).transpose(1, 2)
-
-        out = scaled_dot_product_attention(
-            scatter(query),
-            scatter(key),
-            scatter(value),
-            is_causal=True,
-            scale=self.scale,
-            enable_gqa=query.size(1) != key.size(1),
-        )
-        return out.transpose(1, 2)[row, column].reshape(num_tokens, -1)
+        results, positions = [], []
+        for shape, position, row, column in length_classes(packed_seq_params.cu_seqlens_q.tolist(), query.device):
+            query_block, key_block, value_block = (
+                # [T, heads, d] -> [S, heads, L, d]
+                x.new_zeros(*shape, *x.shape[1:]).index_put((row, column), x[position]).transpose(1, 2)
+                for x in (query, key, value)
+            )
+            block = scaled_dot_product_attention(
+                query_block,
+                key_block,
+                value_block,
+                is_causal=True,
+                scale=self.scale,
+                enable_gqa=query.size(1) != key.size(1),
+            )
+            results.append(block.transpose(1, 2)[row, column])
+            positions.append(position)
+        out = torch.empty_like(query).index_copy(0, torch.cat(positions), torch.cat(results))
+        return out.reshape(query.size(0), -1)
