@@ -121,6 +121,7 @@ def _add_check(commands: Any) -> None:
     command.add_argument(
         "--mean-tokens", type=float, metavar="T", help="mean response; default: max_tokens / 4, <= 2048"
     )
+    command.add_argument("--verbose", action="store_true", help="batches, scaling and what the estimate rests on, too")
     command.set_defaults(run=_check)
 
 
@@ -129,7 +130,7 @@ def _check(parsed: argparse.Namespace) -> int:
 
     from megatron_reheat.cluster.preflight import check
 
-    check(config, gpus=parsed.gpus, gpu=parsed.gpu, mean_tokens=parsed.mean_tokens)
+    check(config, gpus=parsed.gpus, gpu=parsed.gpu, mean_tokens=parsed.mean_tokens, verbose=parsed.verbose)
     return 0
 
 

@@ -45,9 +45,11 @@ def check(
     gpus: int | None = None,
     gpu: str = "h100-80g",
     mean_tokens: float | None = None,
+    verbose: bool = True,
     console: Console | None = None,
 ) -> None:
-    """Prints batches, memory, time and scaling of `config` on `gpus` devices.
+    """Prints memory and time of `config` on `gpus` devices, if `verbose` batches, scaling and what it rests on too; the last
+    line says whether it fits.
 
     Args:
         gpus: number of devices; by default what `parallel` asks for, and one node where `parallel.data` is empty.
@@ -71,17 +73,22 @@ def check(
         console = Console(highlight=False, markup=False)
         console.width = max(console.width, MIN_WIDTH)
     _print_header(console, estimate, gpu)
-    console.print(_batch_table(estimate))
+    if verbose:
+        console.print(_batch_table(estimate))
     console.print(_memory_table(estimate))
     require_fit(estimate, gpu)
     console.print(_time_table(estimate))
-    _print_duration(console, estimate)
-    console.print(_scaling_table(estimate))
-    console.print(_published_table(estimate))
-    console.print(_constants_table(estimate, gpu))
+    if verbose:
+        console.print(_scaling_table(estimate))
+        console.print(_published_table(estimate))
+        console.print(_constants_table(estimate, gpu))
+    more = "" if verbose else " (--verbose: batches, scaling, what the estimate rests on)"
     console.print(
-        f"All figures are estimates. Not checked: {not_checked}. Not modeled: grading, evaluation, checkpoints."
+        f"All figures are estimates{more}. Not checked: {not_checked}. Not modeled: grading, evaluation, checkpoints."
     )
+    total = sum(estimate.memory().values()) / GIB
+    fits = f"fits: {total:.1f} of {estimate.gpu.memory_gib:.4g} GiB on each {gpu}; {_duration(estimate)}"
+    console.print(fits, soft_wrap=True)
 
 
 def make_estimate(
@@ -318,14 +325,14 @@ def _time_table(e: Estimate) -> Table:
     return table
 
 
-def _print_duration(console: Console, e: Estimate) -> None:
+def _duration(e: Estimate) -> str:
     steps, c = e.config.run.steps, e.config.controller
     rl, reheat = sum(e.rl_step().values()), sum(e.reheat_step().values())
     text = f"{steps} RL steps take about {steps * rl / 3600:.1f} h"
     if c.action == "reheat":
         extra = c.max_reheat_steps * (reheat - rl) / 3600
         text += f"; each round of {c.max_reheat_steps} reheating steps among them changes that by {extra:+.1f} h"
-    console.print(text)
+    return text
 
 
 def _scaling_table(e: Estimate) -> Table:

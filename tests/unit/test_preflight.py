@@ -321,7 +321,8 @@ def test_every_constant_is_explained() -> None:
 
 
 def test_command_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", str(ROOT / "yaml" / "qwen3_4b_ts_opsd.yaml"), "--gpus", "8", "--mean-tokens", "1500"]) == 0
+    recipe = str(ROOT / "yaml" / "qwen3_4b_ts_opsd.yaml")
+    assert main(["check", recipe, "--gpus", "8", "--mean-tokens", "1500", "--verbose"]) == 0
     out = capsys.readouterr().out
     for text in (
         "4,022,468,096 parameters",
@@ -338,6 +339,16 @@ def test_command_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
         "Not checked: data, tokenizer, weights",
     ):
         assert text in out, text
+
+
+def test_the_last_line_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(ROOT / "yaml" / "qwen3_4b_ts_opsd.yaml"), "--gpus", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "knee at" not in out and "main gradients (float32)" in out
+    assert out.splitlines()[-1].startswith(
+        "fits: 70.0 of 79.1 GiB on each h100-80g; 543 RL steps take about 27.0 h; each round"
+    )
+    assert max(map(len, out.splitlines()[:-1])) <= 150
 
 
 def test_the_demo_recipe_is_checked_on_cpu(tmp_path: Path) -> None:
@@ -365,7 +376,7 @@ def test_replicas_without_prompts_are_pointed_out() -> None:
 
 
 def test_unknown_gpu() -> None:
-    assert refusal(configured(), gpu="v100").startswith("--gpu v100 is not known; use one of a100-80g")
+    assert refusal(configured(), gpu="v100").startswith("--gpu v100 is not known; use one of a10g-24g, ")
 
 
 @pytest.mark.parametrize("gpus", [0, -8])
