@@ -1,10 +1,23 @@
 """Packaging of megatron-reheat. For a ready CPU environment run `bash scripts/setup_env.sh` instead."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
-README = Path(__file__).parent / "README.md"
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+
+
+class BuildWithRecipes(build_py):
+    """A wheel holds the recipes of yaml/, too; an editable install finds them where they are."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(HERE / "yaml", Path(self.build_lib) / "megatron_reheat" / "recipes", dirs_exist_ok=True)
+
 
 setup(
     name="megatron-reheat",
@@ -16,25 +29,23 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_reheat", "megatron_reheat.*"]),
-    package_data={"megatron_reheat.cluster": ["*.template"]},
+    package_data={"megatron_reheat": ["py.typed"], "megatron_reheat.cluster": ["*.template"]},
+    cmdclass={"build_py": BuildWithRecipes},
     install_requires=[
         "aiohttp",
         "datasets",
         "latex2sympy2_extended",
         "math-verify[antlr4_13_2]",
-        "matplotlib",
         "megatron-core>=0.16,<0.20",
         "numpy",
         "packaging",
         "psutil",
         "pydantic>=2",
         "pyyaml",
-        "reasoning-gym",
         "rich",
         "safetensors",
         "scikit-learn",
         "sympy",
-        "tensorboard",
         "torch",
         "transformers",
         "xxhash",
@@ -48,13 +59,21 @@ setup(
         # NVIDIA Apex is optional, speeds up the fused optimizer and norms, and comes from its own source tree:
         # `pip install --no-build-isolation .` there, with APEX_CPP_EXT=1 APEX_CUDA_EXT=1.
         "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]"],
+        # procedural tasks, `reheat report`, and where metrics go
+        "gym": ["reasoning-gym"],
+        "report": ["matplotlib"],
+        "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],
         "dev": [
             "hypothesis",
             "jsonschema",
+            "matplotlib",
             "mypy",
             "pytest",
             "pytest-xdist",
+            "reasoning-gym",
             "ruff",
+            "tensorboard",
             "triton",
             "types-PyYAML",
             "wandb",
@@ -64,5 +83,14 @@ setup(
         "console_scripts": ["reheat=megatron_reheat.cli:main"],
         "vllm.general_plugins": ["megatron_reheat=megatron_reheat.rollout.server.vllm_plugin:register"],
     },
-    classifiers=["Programming Language :: Python :: 3", "Operating System :: POSIX :: Linux"],
+    keywords=["reinforcement learning", "GRPO", "DAPO", "entropy collapse", "Megatron-Core", "vLLM"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
 )

@@ -34,6 +34,7 @@ from megatron_reheat.errors import ConfigError
 from megatron_reheat.files import NO_SUCH_FILE, problem_of_file
 from megatron_reheat.foreign_keys import translations
 from megatron_reheat.recipe_text import MAX_DEPTH
+from megatron_reheat.shipped_recipes import find_recipe, similar
 
 MAX_SHOWN = 80  # characters of a wrong value in an error
 MAX_LISTED = 4  # errors that are told at once
@@ -746,13 +747,13 @@ def _cross_field_problems(c: Config) -> Iterator[str]:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a recipe, applies `key=value` overrides and validates.
+    """Reads a recipe, a file or one that comes with the package, applies `key=value` overrides and validates.
 
     Raises:
         ConfigError: naming the file and key, with the fix.
     """
     origins: dict[str, str] = {}
-    tree = _read_tree(Path(path), (), origins)
+    tree = _read_tree(find_recipe(Path(path)), (), origins)
     for override in overrides:
         origins |= dict.fromkeys(apply_override(tree, override), "on the command line")
     return parse_config(tree, origins)
@@ -788,7 +789,8 @@ def _read_tree(path: Path, seen: tuple[Path, ...], origins: dict[str, str]) -> d
         raise ConfigError(f"{path}: remove one of the bases, because these base files form a loop: {names}")
     if problem := problem_of_file(path, MAX_RECIPE_BYTES):
         if problem.startswith(NO_SUCH_FILE):
-            raise ConfigError(f"no such config file: {path}{referrer}")
+            known = f"; did you mean the recipe {' or '.join(near)}?" if (near := similar(path)) and not seen else ""
+            raise ConfigError(f"no such config file: {path}{referrer}{known}")
         raise ConfigError(f"{path} cannot be read{referrer}: {problem}")
     try:
         text = path.read_bytes().decode("utf-8-sig")

@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-from megatron_reheat.analysis.plots import draw_report
 from megatron_reheat.analysis.tracks import Track, load_tracks
 from megatron_reheat.errors import ReheatError
 from megatron_reheat.run_folder import Record, RunFolder, write_atomically
@@ -62,6 +61,10 @@ def write_report(run_folders: Sequence[Path], out: Path | None = None) -> Report
         ReheatError: a folder has no metrics, or `out` cannot be written; the message names it.
     """
     tracks = load_tracks(run_folders)
+    try:
+        from megatron_reheat.analysis.plots import draw_report
+    except ImportError:
+        raise ReheatError("a report needs matplotlib; pip install matplotlib") from None
     png = draw_report(tracks)
     page = _page(tracks, png)
     folder = RunFolder(Path(run_folders[0])).report if out is None else Path(out)

@@ -28,7 +28,7 @@ from megatron_reheat.model.architecture import read_architecture
 from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import saved_dtype
 from megatron_reheat.model.provider import check_layout, is_local, resolve_hf_folder
-from megatron_reheat.rewards.functions import check_functions
+from megatron_reheat.rewards.graders import check_reward
 from megatron_reheat.stages.inputs import context_length, read_frozen, read_model, speaks_in_turns
 
 MAX_GPUS = 1024
@@ -98,7 +98,7 @@ def make_estimate(
     if gpu not in GPUS:
         raise ConfigError(f"--gpu {gpu} is not known; use one of {', '.join(GPUS)}")
     choose_method(config)
-    check_functions(config.reward.function or ())
+    check_reward(config.reward)
     return estimate_on(GPUS[gpu], config, gpus=gpus, mean_tokens=mean_tokens)
 
 

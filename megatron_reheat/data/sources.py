@@ -46,9 +46,11 @@ def _is_folder(path: str, section: str) -> bool:
 
 
 def _reasoning_gym_records(config: DataConfig, seed_offset: int, section: str) -> Iterator[Record]:
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
-
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError:
+        raise ConfigError(f"{section}.source=reasoning_gym needs reasoning-gym; pip install reasoning-gym") from None
     assert config.name is not None  # DataConfig requires it
     if config.name not in DATASETS:
         close = difflib.get_close_matches(config.name, DATASETS, n=3)

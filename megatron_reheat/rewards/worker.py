@@ -121,9 +121,9 @@ def _make_grader(kind: str, own: Mapping[str, Any]) -> Grader:
         from megatron_reheat.rewards.functions import FunctionGrader
 
         return FunctionGrader(own["weights"], own["correct_at"])
-    from megatron_reheat.rewards.graders import GRADERS
+    from megatron_reheat.rewards.graders import grader_of
 
-    return GRADERS[kind]
+    return grader_of(kind)
 
 
 def _with_filter(supervisor: Supervisor, trials: list[Trial]) -> str:

@@ -25,7 +25,7 @@ from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import read_model_folder, saved_dtype
 from megatron_reheat.model.provider import check_layout, resolve_hf_folder
 from megatron_reheat.parallel.topology import Topology
-from megatron_reheat.rewards.functions import check_functions
+from megatron_reheat.rewards.graders import check_reward
 from megatron_reheat.rollout.vllm_version import require_vllm
 from megatron_reheat.run_folder import RunFolder
 from megatron_reheat.stages.run_state import other_version, read_run_state
@@ -121,7 +121,7 @@ def read_inputs(config: Config, today: date | None = None) -> Inputs:
     """
     require_vllm()
     choice = choose_method(config)
-    check_functions(config.reward.function or ())
+    check_reward(config.reward)
     source, forked = _find_checkpoint(config)
     today = _saved_date(source) or today or date.today()
     model = read_model(config.model, chat=speaks_in_turns(config))

@@ -23,7 +23,7 @@ from megatron_reheat.data.references import gym_entry, reference_text
 from megatron_reheat.data.responses import response_text
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.evaluation.evaluate import _decode, _Model
-from megatron_reheat.rewards.graders import GRADERS
+from megatron_reheat.rewards.graders import grader_of
 from megatron_reheat.rewards.pool import VerifierPool
 from megatron_reheat.rewards.self_check import check_references
 from megatron_reheat.types import Completion
@@ -71,7 +71,7 @@ def prompts_of(
 )
 def test_references_keep_their_exact_form(value: Any, text: str) -> None:
     assert reference_text(value, "it") == text
-    assert GRADERS["math"](f"\\boxed{{{text}}}", {"answer": text}) == 1.0
+    assert grader_of("math")(f"\\boxed{{{text}}}", {"answer": text}) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ def test_only_what_ends_a_response_is_left_out_of_its_text(special: tuple[str, .
     completion = Completion(np.array(ids, np.int32), np.zeros(len(ids), np.float32), 1.0, 0, "stop")
     assert _decode(_Model(Path(), None, tokenizer, stops), completion) == written
     entry = {"question": "", "answer": None, "metadata": {"numbers": [7, 4], "target": 11}}
-    assert GRADERS["reasoning_gym"](written, {"task": "countdown", "entry": entry}) == 1.0
-    assert GRADERS["math"](written, {"answer": "42"}) == 1.0
+    assert grader_of("reasoning_gym")(written, {"task": "countdown", "entry": entry}) == 1.0
+    assert grader_of("math")(written, {"answer": "42"}) == 1.0
 
 
 # -- copies of reasoning-gym's tasks -----------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_copies_of_every_task_score_their_own_answers(task: str, tmp_path: Path)
         assert [p.verifier["task"] for p in prompts] == [task] * 2
         for prompt, entry in zip(prompts, made, strict=True):
             response = f"<answer>{oracle(task, entry)}</answer>"
-            assert GRADERS["reasoning_gym"](response, prompt.verifier) == 1.0, name
+            assert grader_of("reasoning_gym")(response, prompt.verifier) == 1.0, name
 
 
 def test_a_composite_is_scored_by_the_task_of_each_entry() -> None:
@@ -160,7 +160,7 @@ def test_a_composite_is_scored_by_the_task_of_each_entry() -> None:
     assert {p.verifier["task"] for p in prompts} == {"basic_arithmetic", "arc_agi"}
     for prompt in prompts:
         response = f"<answer>{prompt.verifier['entry']['answer']}</answer>"
-        assert GRADERS["reasoning_gym"](response, prompt.verifier) == 1.0
+        assert grader_of("reasoning_gym")(response, prompt.verifier) == 1.0
 
 
 def test_metadata_that_is_text_must_be_a_json_object() -> None:

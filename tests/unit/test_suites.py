@@ -18,7 +18,7 @@ from megatron_reheat.data.prompts import load_prompts
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.evaluation.results import EvalOptions, SuiteResult, estimates, print_table, results_table
 from megatron_reheat.evaluation.suites import BOXED, SUITES, TAGGED, SuitePrompts, load_suites
-from megatron_reheat.rewards.graders import GRADERS
+from megatron_reheat.rewards.graders import grader_of
 from tests.character_tokenizer import character_tokenizer
 from tests.e2e import runs
 
@@ -83,8 +83,8 @@ def test_a_local_copy_becomes_prompts_that_the_grader_scores(name: str, tmp_path
     assert prompt.text == question + BOXED and len(prompt.token_ids) == len(prompt.text)
     assert suite.reward_kind == "math"
     assert suite.source.startswith(f"{tmp_path / name}, a copy of {SUITES[name].hub_id}, config ")
-    assert GRADERS["math"](f"So it is \\boxed{{{RIGHT[name]}}}.", prompt.verifier) == 1.0
-    assert GRADERS["math"]("So it is \\boxed{1234}.", prompt.verifier) == 0.0
+    assert grader_of("math")(f"So it is \\boxed{{{RIGHT[name]}}}.", prompt.verifier) == 1.0
+    assert grader_of("math")("So it is \\boxed{1234}.", prompt.verifier) == 0.0
 
 
 def test_parquet_and_jsonl_copies_give_the_same_prompts(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_gpqa_options_are_permuted_the_same_way_every_time(tmp_path: Path) -> No
         assert sorted(options.values()) == ["gold", "iron", "lead", "neon"] and options[letter] == "neon"
         for form in ("{}", "\\text{{{}}}", "({})", "{}) neon", "\\text{{({}) neon}}", "\\textbf{{{}.}} $10^{{-5}}$ m"):
             for other in "ABCD":
-                graded = GRADERS["math"](f"\\boxed{{{form.format(other)}}}", prompt.verifier)
+                graded = grader_of("math")(f"\\boxed{{{form.format(other)}}}", prompt.verifier)
                 assert graded == float(other == letter)
 
 
@@ -204,8 +204,8 @@ def test_reasoning_gym_makes_the_same_problems_every_time() -> None:
     for prompt in suite.prompts:
         entry = prompt.verifier["entry"]
         assert prompt.text == entry["question"] + TAGGED
-        assert GRADERS["reasoning_gym"](f"<answer>{entry['metadata']['expression']}</answer>", prompt.verifier) == 1.0
-        assert GRADERS["reasoning_gym"]("<answer>1</answer>", prompt.verifier) == 0.0
+        assert grader_of("reasoning_gym")(f"<answer>{entry['metadata']['expression']}</answer>", prompt.verifier) == 1.0
+        assert grader_of("reasoning_gym")("<answer>1</answer>", prompt.verifier) == 0.0
 
 
 def test_a_templates_fields_include_those_of_the_metadata() -> None:
