@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_reheat.cluster.launch import end_with_launcher, is_launched, is_launchers_own, launch_here
-from megatron_reheat.config import Config, load_config
+from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError, RankLost, ReheatError, print_error
 from megatron_reheat.large_imports import large_imports
+from megatron_reheat.recipe import load_config
 from megatron_reheat.run_folder import RunFolder
 from megatron_reheat.stop_request import (
     FINISHING,

@@ -1,172 +1,42 @@
-"""YAML -> validated, frozen configuration.
+"""The sections of a recipe as frozen models: keys, defaults, meanings, and what makes no sense together.
 
-A recipe names a `base:` and holds only what differs; `key=value` arguments come last. Mappings are joined key by key; `null`
-empties one that is passed on (`data.options`, `data.chat_template_kwargs`). Unknown keys are refused with a
-suggestion, and every cross-field check names the key to change. All of it runs before a model is loaded.
+All of it is checked before a model is loaded; every cross-field check names the key to change.
 """
 
 from __future__ import annotations
 
-import difflib
-import os
-import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
-from megatron_reheat import recipe_text
-from megatron_reheat.confidential import TOKEN_VARIABLE, redact, redact_text
+from megatron_reheat.config_fields import (
+    MAX_PROCESSES,
+    MAX_PROMPTS,
+    MAX_REWARD,
+    MAX_SAMPLES,
+    MAX_SEED,
+    MAX_WAIT_S,
+    FullDtypeName,
+    Options,
+    PathText,
+    Section,
+    Temperature,
+    Url,
+    absolute_file,
+    check_temperature,
+    checked_path,
+    weighted_functions,
+)
 from megatron_reheat.errors import ConfigError
-from megatron_reheat.files import NO_SUCH_FILE, problem_of_file
-from megatron_reheat.foreign_keys import translations
-from megatron_reheat.recipe_text import MAX_DEPTH
-from megatron_reheat.shipped_recipes import find_recipe, similar
-
-MAX_SHOWN = 80  # characters of a wrong value in an error
-MAX_LISTED = 4  # errors that are told at once
-MAX_RECIPE_BYTES = 2**20
-# A number beyond these is a slip of the keyboard: counts go into 64-bit counters, floats into float32 where they are multiplied
-MAX_NUMBER = {int: 2**32, float: 1e30}
-MAX_REWARD = 1e6  # a group's deviation squares it
-MAX_FUNCTIONS = 8  # of reward.function; a grader's reply has a fixed size
-MAX_PROCESSES = 4096  # ranks along a dimension, servers, graders, threads
-MAX_PROMPTS = 2**20  # of one step, all of which are in memory together
-MAX_PATH, MAX_FILE_NAME = 4095, 255  # bytes, Linux's
-# vLLM refuses more, and makes 0.01 of what lies between 0 and that without a word
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
-MAX_SAMPLES = 16384  # of one prompt; vLLM's VLLM_MAX_N_SEQUENCES
-MAX_SEED = 2**32 - 1  # numpy's global generator, which vLLM seeds, takes 32 bits
-MAX_WAIT_S = 2e6  # poll() counts milliseconds in 31 bits
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*")
-    @classmethod
-    def _is_usable(cls, value: Any) -> Any:
-        limit = MAX_NUMBER.get(type(value))
-        if limit is not None and abs(value) > limit:
-            raise ValueError(f"must lie between {-limit:.0e} and {limit:.0e}")
-        if isinstance(value, str) and "\0" in value:
-            raise ValueError("must not hold a NUL character")
-        return value
-
-
-def checked_url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        has_host = re.fullmatch(r"[\w.:%-]+", parts.hostname or "") is not None and parts.port != 0
-        has_more = bool(parts.query or parts.fragment) or not url.isprintable()
-        is_server = parts.scheme in ("http", "https") and has_host and not has_more
-    except ValueError:  # a port beyond 65535
-        is_server = False
-    if not is_server:
-        raise ValueError(f"{url!r} is not the URL of a server (e.g. http://gpu-7:8300)")
-    if parts.username is not None or parts.password is not None:
-        # not shown: it is a secret, and a configuration is written into files
-        raise PydanticCustomError(
-            "secret_in_url",
-            "must not hold a user or password; put the token into {variable}",
-            {"variable": TOKEN_VARIABLE},
-        )
-    return url
-
-
-def check_temperature(temperature: float) -> float:
-    """
-    Raises:
-        ValueError: vLLM would not sample at it.
-    """
-    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-        raise ValueError(f"vLLM samples at temperatures from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}")
-    return temperature
-
-
-def _full_dtype_name(name: Any) -> Any:
-    """The short names that other projects use; of half precision it says why it is not there."""
-    if not isinstance(name, str):
-        return name
-    short = name.strip().lower().removeprefix("torch.")
-    if short in ("fp16", "float16", "f16", "half"):
-        raise ValueError(
-            f"{name!r} is not supported: gradients overflow it without loss scaling; use bfloat16 or float32"
-        )
-    return {"bf16": "bfloat16", "fp32": "float32", "f32": "float32", "float": "float32"}.get(short, short)
-
-
-Temperature = Annotated[float, AfterValidator(check_temperature)]
-Url = Annotated[str, AfterValidator(checked_url)]
-FullDtypeName = BeforeValidator(_full_dtype_name)
-
-
-def check_path(path: str) -> str:
-    """
-    Raises:
-        ValueError: no file can have that name.
-    """
-    if not path.isprintable():
-        raise ValueError("must not hold line breaks or other control characters")
-    name = max((os.fsencode(part) for part in path.split("/")), key=len)
-    if len(os.fsencode(path)) > MAX_PATH or len(name) > MAX_FILE_NAME:
-        raise ValueError(f"must have at most {MAX_PATH} bytes, and {MAX_FILE_NAME} between slashes")
-    return path
-
-
-PathText = Annotated[str, AfterValidator(check_path)]
-
-
-def _checked_path(path: Any) -> Any:
-    names = [path] if isinstance(path, str) else path
-    if path is not None and not (
-        isinstance(names, list | tuple) and all(isinstance(n, str) and n for n in names) and names
-    ):
-        raise ValueError(f"must be a file, a folder or a list of files, not {shown(path)}")
-    for name in names or ():
-        check_path(name)
-    return tuple(path) if isinstance(path, list) else path
-
-
-def _absolute_file(named: str) -> str:
-    """`file.py:name` of the user's own is found from any folder, as the resolved recipe of its run may be read from another."""
-    file, _, name = named.rpartition(":")
-    return f"{Path(file).expanduser().resolve()}:{name}" if file.endswith(".py") else named
-
-
-def _weighted_functions(functions: Any) -> Any:
-    """Weights by function, as `path/to/file.py:name` (then absolute, as a method's file is) or `package.module:name`."""
-    if isinstance(functions, str):
-        functions = {functions: 1.0}
-    if not isinstance(functions, Mapping):
-        return functions
-    for function in functions:
-        place, colon, name = str(function).rpartition(":")
-        if not (place and colon and name.isidentifier()):
-            raise ValueError(f"{function!r} is not path/to/file.py:name or package.module:name")
-    names = [str(function).rpartition(":")[2] for function in functions]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"two functions are called {min(twice)}, under which their values are logged; rename one")
-    if len(functions) > MAX_FUNCTIONS:
-        raise ValueError(f"at most {MAX_FUNCTIONS} functions; let one of them call the others")
-    return {_absolute_file(str(function)): weight for function, weight in functions.items()}
-
-
-# A mapping that is passed on. `null` is an empty one, which is how a recipe takes back what its base put there.
-Options = Annotated[dict[str, Any], BeforeValidator(lambda options: {} if options is None else options)]
 
 
 class ModelConfig(Section):
@@ -230,7 +100,7 @@ class DataConfig(Section):
         description="jsonl: files whatever they are called, where their name does not tell another kind",
     )
     name: str | None = Field(default=None, description="reasoning-gym task, or dataset name for `datasets`")
-    path: Annotated[str | tuple[str, ...] | None, BeforeValidator(_checked_path)] = Field(
+    path: Annotated[str | tuple[str, ...] | None, BeforeValidator(checked_path)] = Field(
         default=None, description=".jsonl, .json, .csv (also .gz) or .parquet: one or a list; or a `datasets` folder"
     )
     split: str = Field(default="train", description="of a hub dataset or a folder; a file is read whole")
@@ -291,7 +161,7 @@ class RewardConfig(Section):
     )
     function: Annotated[
         Mapping[str, float] | None,
-        BeforeValidator(_weighted_functions, json_schema_input_type=str | dict[str, float] | None),
+        BeforeValidator(weighted_functions, json_schema_input_type=str | dict[str, float] | None),
     ] = Field(
         default=None,
         description="path/to/file.py:name or package.module:name, called with response and record; or several with weights",
@@ -406,7 +276,7 @@ class SFTConfig(Section):
 class RLConfig(Section):
     """Defaults are the paper's DAPO settings (arXiv 2606.00755, training details)."""
 
-    method: Annotated[str, AfterValidator(_absolute_file)] = Field(
+    method: Annotated[str, AfterValidator(absolute_file)] = Field(
         default="grpo", description="a name in megatron_reheat.methods, or path/to/file.py:Class"
     )
     options: Options = Field(default_factory=dict, description="the method's own keys, as its file describes them")
@@ -744,189 +614,3 @@ def _cross_field_problems(c: Config) -> Iterator[str]:
         yield "rollout.servers needs rollout.mode=server"
     if c.parallel.sequence_parallel and c.parallel.tensor == 1:
         yield "parallel.sequence_parallel needs parallel.tensor > 1; set it to false or raise parallel.tensor"
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a recipe, a file or one that comes with the package, applies `key=value` overrides and validates.
-
-    Raises:
-        ConfigError: naming the file and key, with the fix.
-    """
-    origins: dict[str, str] = {}
-    tree = _read_tree(find_recipe(Path(path)), (), origins)
-    for override in overrides:
-        origins |= dict.fromkeys(apply_override(tree, override), "on the command line")
-    return parse_config(tree, origins)
-
-
-def parse_config(tree: dict[str, Any], origins: Mapping[str, str] | None = None) -> Config:
-    """`origins` tells where a key's value was given, by dotted key, for errors."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        problems = error.errors()
-        more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-        raise ConfigError("; ".join(explain(e, origins or {}) for e in problems[:MAX_LISTED]) + more) from None
-
-
-def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, loadable by `load_config`; secrets are left out."""
-    return recipe_text.dump(public_tree(config))
-
-
-def public_tree(config: Config) -> dict[str, Any]:
-    """What may be written down and sent to trackers: plain values, without secrets."""
-    tree: dict[str, Any] = redact(config.model_dump(mode="json"))
-    return tree
-
-
-def _read_tree(path: Path, seen: tuple[Path, ...], origins: dict[str, str]) -> dict[str, Any]:
-    """`origins` is told where each key of the result was given."""
-    referrer = f", named as base by {seen[-1]}" if seen else ""
-    path = Path(os.path.abspath(path)) if "\0" in str(path) else Path(os.path.realpath(path))
-    if path in seen:
-        names = " -> ".join(p.name for p in (*seen, path))
-        raise ConfigError(f"{path}: remove one of the bases, because these base files form a loop: {names}")
-    if problem := problem_of_file(path, MAX_RECIPE_BYTES):
-        if problem.startswith(NO_SUCH_FILE):
-            known = f"; did you mean the recipe {' or '.join(near)}?" if (near := similar(path)) and not seen else ""
-            raise ConfigError(f"no such config file: {path}{referrer}{known}")
-        raise ConfigError(f"{path} cannot be read{referrer}: {problem}")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ConfigError(
-            f"{path} cannot be read{referrer}: line {line} is not UTF-8; save it as text in UTF-8"
-        ) from None
-    try:
-        given, lines = recipe_text.read_recipe(text, Config)
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(given := {} if given is None else given, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, not a {type(given).__name__}")
-    tree: dict[str, Any] = given
-    base = tree.pop("base", None)
-    if base is not None and not isinstance(base, str):
-        raise ConfigError(f"{path}: base must be the path of one recipe, not {shown(base)}")
-    if base == "":
-        raise ConfigError(f"{path}: base is empty; name a recipe, or leave it out")
-    if base is not None:
-        tree = _merge(_read_tree(path.parent / base, (*seen, path), origins), tree)
-    origins |= {key: f"{path.name}, line {line}" for key, line in lines.items()}
-    return tree
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def apply_override(tree: dict[str, Any], override: str) -> list[str]:
-    """Sets one `section.key=value` in `tree`, the value read as the key's type asks for; returns the keys that it gives.
-
-    A section's mapping changes those keys alone, as a recipe does with its base's; any other mapping replaces what was there.
-
-    Raises:
-        ConfigError: it is not of that form.
-    """
-    key, separator, text = override.partition("=")
-    key = key.strip()
-    if not separator or not key:
-        raise ConfigError(f"override {shown(override)} is not of the form key=value (e.g. rl.group_size=16)")
-    if key.count(".") > MAX_DEPTH:
-        raise ConfigError(f"override {shown(key)}: no key lies so deep; write section.key=value")
-    *parents, leaf = key.split(".")
-    node = tree
-    for parent in parents:
-        if node.get(parent) is None:
-            node[parent] = {}
-        node = node[parent]
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {key}: {parent} is a value, not a section")
-    annotation = recipe_text.type_of(Config, [*parents, leaf])
-    try:
-        value = recipe_text.read_value(text, annotation)
-    except recipe_text.Refused as error:
-        raise ConfigError(f"override {key}: {error}") from None
-    except ValueError:
-        raise ConfigError(f"override {key}: {shown(text)} is not a valid YAML value; quote it") from None
-    merges = any(_section_types(annotation)) and isinstance(value, dict) and isinstance(node.get(leaf), dict)
-    node[leaf] = _merge(node[leaf], value) if merges else value
-    return list(_keys_of(value, key))
-
-
-def _keys_of(value: Any, key: str) -> Iterator[str]:
-    yield key
-    if isinstance(value, dict | list):
-        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _keys_of(inner, f"{key}.{name}")
-
-
-def explain(
-    error: Any, origins: Mapping[str, str] | None = None, *, section: type[BaseModel] | None = None, prefix: str = ""
-) -> str:
-    """One of pydantic's errors as a sentence: the key, what is wrong, what was given, and for a typo what was meant.
-
-    `section` is what was validated, by default a whole recipe, and `prefix` its place in one, a dot at the end.
-    """
-    location = [str(part) for part in error["loc"]]
-    key, origins = prefix + ".".join(location), origins or {}
-    where = f" ({origin})" if (origin := _origin(location, origins)) else ""
-    if error["type"] == "extra_forbidden":
-        foreign = translations(key, error["input"])[:MAX_LISTED]
-        meant = f"; {', '.join(foreign)} here" if foreign else _suggestion(location, section or Config)
-        return f"{key}: unknown key{meant}{where if ', line ' in where else ''}"
-    if error["type"] == "missing":
-        return f"{key}: this key is required"
-    if error["type"] == "model_type":
-        return f"{key or 'the recipe'}: must hold keys and values, not {shown(error['input'])}{where}"
-    message, given = error["msg"].removeprefix("Value error, "), error["input"]
-    if not key or (error["type"] == "value_error" and isinstance(given, dict)):  # of fields together: it names them
-        return f"{key}: {message}" if key else message
-    if error["type"] in _HIDDEN:
-        return f"{key}: {message}{where}"
-    if error["type"] == "int_parsing_size":
-        message = "must be a number of less than 20 digits"
-    text = shown(given)
-    return f"{key}: {message}{'' if text in message else f', got {text}'}{where}"
-
-
-def shown(value: Any) -> str:
-    """A wrong value for an error: a sentence can hold only its beginning, and some values cannot be written whole."""
-    text = redact_text(recipe_text.describe(redact(value, passed_on=True)))
-    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
-
-
-_HIDDEN = ("secret_in_url",)
-
-
-def _origin(location: Sequence[str], origins: Mapping[str, str]) -> str | None:
-    """Where the key, or the section or list that it stands in, was given."""
-    given = (".".join(location[:end]) for end in range(len(location), 0, -1))
-    return next((origins[key] for key in given if key in origins), None)
-
-
-def _suggestion(location: list[str], section: type[BaseModel]) -> str:
-    for part in location[:-1]:
-        section = next((t for t in _section_types(section.model_fields[part].annotation)), section)
-    if section is Config and (homes := [name for name, part in _sections() if location[-1] in part.model_fields]):
-        return f"; did you mean {' or '.join(f'{home}.{location[-1]}' for home in homes)}?"
-    close = difflib.get_close_matches(location[-1], section.model_fields, n=1)
-    known = f"known keys: {', '.join(section.model_fields)}" if section.model_fields else "there are none"
-    return f"; did you mean '{close[0]}'?" if close else f"; {known}"
-
-
-def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
-    for name, field in Config.model_fields.items():
-        for section in _section_types(field.annotation):
-            yield name, section
-
-
-def _section_types(annotation: Any) -> Iterator[type[BaseModel]]:
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            yield candidate

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_reheat.config import (
+from megatron_reheat.config import Config
+from megatron_reheat.config_fields import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
-    Config,
     Section,
     check_path,
     check_temperature,

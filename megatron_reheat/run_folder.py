@@ -24,8 +24,9 @@ import yaml
 
 from megatron_reheat.checkpoint_folder import checkpoint_step, latest_checkpoint
 from megatron_reheat.confidential import redact
-from megatron_reheat.config import Config, dump_config
+from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError, ReheatError, writing
+from megatron_reheat.recipe import dump_config
 from megatron_reheat.types import Group
 
 Record = dict[str, Any]

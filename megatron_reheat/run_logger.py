@@ -18,9 +18,10 @@ from typing import Any, Protocol, Self
 
 from rich.console import Console
 
-from megatron_reheat.config import Config, public_tree
+from megatron_reheat.config import Config
 from megatron_reheat.console import StepConsole
 from megatron_reheat.errors import ReheatError, writing
+from megatron_reheat.recipe import public_tree
 from megatron_reheat.run_folder import Record, RunFolder
 from megatron_reheat.types import Group, StageName
 

@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from megatron_reheat.config import parse_config
 from megatron_reheat.losses.policy import policy_loss
 from megatron_reheat.losses.reheat import reheat_loss, sft_loss
 from megatron_reheat.model.engine import Engine
 from megatron_reheat.parallel import topology
+from megatron_reheat.recipe import parse_config
 from megatron_reheat.types import TrainBatch, TrainSequence
 from scripts.storage_counter import StorageCounter
 

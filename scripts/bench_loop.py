@@ -27,11 +27,11 @@ from rich.table import Table
 
 from examples.countdown_cpu.make_model import make_model, make_tokenizer
 from megatron_reheat.clock import Clock
-from megatron_reheat.config import load_config
 from megatron_reheat.data.responses import response_text
 from megatron_reheat.losses.policy import policy_loss
 from megatron_reheat.model.engine import Engine
 from megatron_reheat.parallel import topology
+from megatron_reheat.recipe import load_config
 from megatron_reheat.rewards.pool import VerifierPool
 from megatron_reheat.rollout.embedded import EmbeddedEngine
 from megatron_reheat.run_folder import read_metrics

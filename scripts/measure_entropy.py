@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_reheat.clock import Clock
-from megatron_reheat.config import load_config
 from megatron_reheat.data.responses import response_text
 from megatron_reheat.model.engine import Engine
 from megatron_reheat.parallel import topology
+from megatron_reheat.recipe import load_config
 from megatron_reheat.rewards.pool import VerifierPool
 from megatron_reheat.rollout.embedded import EmbeddedEngine
 from megatron_reheat.stages.collect import Collector

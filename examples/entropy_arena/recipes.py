@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_reheat.config import Config, load_config, parse_config
+from megatron_reheat.config import Config
+from megatron_reheat.recipe import load_config, parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
 # those for GPUs have their model in their name

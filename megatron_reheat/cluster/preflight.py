@@ -21,13 +21,14 @@ from megatron_reheat.cluster.estimate import (
     Gpu,
 )
 from megatron_reheat.cluster.published import comparisons
-from megatron_reheat.config import Config, ModelConfig, apply_override, parse_config
+from megatron_reheat.config import Config, ModelConfig
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.methods import choose_method
 from megatron_reheat.model.architecture import read_architecture
 from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import saved_dtype
 from megatron_reheat.model.provider import check_layout, is_local, resolve_hf_folder
+from megatron_reheat.recipe import apply_override, parse_config
 from megatron_reheat.rewards.graders import check_reward
 from megatron_reheat.stages.inputs import context_length, read_frozen, read_model, speaks_in_turns
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_reheat.cluster.estimate import GPUS, Estimate, Lengths
-from megatron_reheat.config import parse_config
 from megatron_reheat.model.architecture import LLAMA_31_8B, QWEN3, Architecture
+from megatron_reheat.recipe import parse_config
 
 _NO_FILTER = {"dynamic_sampling": False}
 

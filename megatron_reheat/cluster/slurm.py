@@ -15,8 +15,9 @@ from megatron_reheat.cluster.preflight import make_estimate, require_fit
 from megatron_reheat.cluster.rollout_nodes import TEXTS, rollout_texts
 from megatron_reheat.cluster.template import JobTemplate
 from megatron_reheat.confidential import holds_secret
-from megatron_reheat.config import Config, load_config
+from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError, ModelElsewhereError, ReheatError
+from megatron_reheat.recipe import load_config
 from megatron_reheat.stop_request import REQUEUE_EXIT_CODE
 
 TEMPLATE = Path(__file__).parent / "job.sbatch.template"

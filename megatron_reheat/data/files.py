@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_reheat.config import shown
+from megatron_reheat.config_fields import shown
 from megatron_reheat.data.arrow import read_parquet
 from megatron_reheat.data.records import BLANK, UTF8, JsonLines, Record, Records, Spooled, parse_json, parse_object
 from megatron_reheat.errors import ConfigError

@@ -18,16 +18,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from megatron_reheat.config import (
-    MAX_SAMPLES,
-    MAX_TEMPERATURE,
-    MIN_TEMPERATURE,
-    ModelConfig,
-    RewardConfig,
-    RolloutConfig,
-    apply_override,
-    parse_config,
-)
+from megatron_reheat.config import ModelConfig, RewardConfig, RolloutConfig
+from megatron_reheat.config_fields import MAX_SAMPLES, MAX_TEMPERATURE, MIN_TEMPERATURE
 from megatron_reheat.data.prompts import check_vocabulary
 from megatron_reheat.data.responses import response_text
 from megatron_reheat.data.tokenizer import read_tokenizer, stop_token_ids
@@ -37,6 +29,7 @@ from megatron_reheat.evaluation.suites import SuitePrompts, load_suites
 from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import read_model_folder, tensor_shapes
 from megatron_reheat.model.provider import resolve_hf_folder
+from megatron_reheat.recipe import apply_override, parse_config
 from megatron_reheat.rewards.pool import VerifierPool
 from megatron_reheat.rewards.self_check import check_references
 from megatron_reheat.rollout.embedded import EmbeddedEngine

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from megatron_reheat.config import Config, Section, explain
+from megatron_reheat.config import Config
+from megatron_reheat.config_fields import Section
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.methods.grpo import GRPO, Costs, Tools
+from megatron_reheat.recipe import explain
 
 # rl.method -> where it is; a file is read when a recipe names it
 METHODS = {

@@ -16,7 +16,8 @@ from typing import Any
 
 from pydantic import Field
 
-from megatron_reheat.config import Config, Section
+from megatron_reheat.config import Config
+from megatron_reheat.config_fields import Section
 from megatron_reheat.methods.grpo import GRPO, Scoring, Tools
 from megatron_reheat.types import Scores, TrainBatch
 

@@ -25,7 +25,8 @@ from typing import Any
 
 from pydantic import Field
 
-from megatron_reheat.config import Config, Section
+from megatron_reheat.config import Config
+from megatron_reheat.config_fields import Section
 from megatron_reheat.losses.advantage import EPSILON
 from megatron_reheat.methods.grpo import GRPO, Tools
 from megatron_reheat.types import At, Collected, Group, TrainBatch, TrainSequence

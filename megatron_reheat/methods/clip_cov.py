@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from megatron_reheat.config import Config, Section
+from megatron_reheat.config import Config
+from megatron_reheat.config_fields import Section
 from megatron_reheat.losses.policy import SurrogateLoss
 from megatron_reheat.losses.surrogates import without_selected
 from megatron_reheat.methods.covariance import CovarianceMethod

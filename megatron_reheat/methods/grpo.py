@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from megatron_reheat.clock import Clock
-from megatron_reheat.config import Config, Section
+from megatron_reheat.config import Config
+from megatron_reheat.config_fields import Section
 from megatron_reheat.data.dataset import RenderedPrompts
 from megatron_reheat.losses.advantage import group_advantages, overlong_penalty
 from megatron_reheat.losses.policy import SurrogateLoss, clipped_surrogate, surrogate_loss

@@ -27,7 +27,8 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from megatron_reheat.config import Config, Section
+from megatron_reheat.config import Config
+from megatron_reheat.config_fields import Section
 from megatron_reheat.losses.policy import SurrogateLoss
 from megatron_reheat.losses.surrogates import sequence_clipped
 from megatron_reheat.methods.grpo import GRPO, Scoring

@@ -29,7 +29,8 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from megatron_reheat.clock import Clock
-from megatron_reheat.config import Config, Section
+from megatron_reheat.config import Config
+from megatron_reheat.config_fields import Section
 from megatron_reheat.data.encoders import ModelEncoder, NGramEncoder, TextEncoder, mean_similarity
 from megatron_reheat.data.trajectories import Trajectories
 from megatron_reheat.losses.advantage import group_advantages

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import Field
 
-from megatron_reheat.config import Config, Section
+from megatron_reheat.config import Config
+from megatron_reheat.config_fields import Section
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.losses.oisd import attention_loss, think_loss
 from megatron_reheat.methods.grpo import GRPO, Costs, Tools

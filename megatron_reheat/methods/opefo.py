@@ -28,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from megatron_reheat.config import Config, Section
+from megatron_reheat.config import Config
+from megatron_reheat.config_fields import Section
 from megatron_reheat.methods.grpo import GRPO, Scoring, Tools
 from megatron_reheat.parallel.vocab import Vocabulary
 from megatron_reheat.types import FloatArray, Scores, TrainBatch, TrainSequence

@@ -27,7 +27,8 @@ import numpy as np
 from pydantic import Field
 
 from megatron_reheat.clock import Clock
-from megatron_reheat.config import Config, Section, Temperature
+from megatron_reheat.config import Config
+from megatron_reheat.config_fields import Section, Temperature
 from megatron_reheat.methods.grpo import GRPO, Costs, Sampling, Scoring, Tools
 from megatron_reheat.types import POLICY, At, Collected, Group, Scores, TrainBatch
 

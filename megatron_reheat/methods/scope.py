@@ -27,7 +27,8 @@ import numpy as np
 from pydantic import Field
 
 from megatron_reheat.clock import Clock
-from megatron_reheat.config import MAX_TEMPERATURE, MIN_TEMPERATURE, Config, Section
+from megatron_reheat.config import Config
+from megatron_reheat.config_fields import MAX_TEMPERATURE, MIN_TEMPERATURE, Section
 from megatron_reheat.methods.grpo import ASSUMED_ACCURACY, GRPO, Costs, Sampling
 from megatron_reheat.types import At, Collected, TrainBatch, TrainSequence
 

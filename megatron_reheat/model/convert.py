@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_reheat.config import Config, parse_config
+from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.model.backend import choose_backend
 from megatron_reheat.model.checkpoint import install_checkpoint_fixes, load_weights, save_weights
@@ -43,6 +43,7 @@ from megatron_reheat.model.hf_writer import write_hf_folder
 from megatron_reheat.model.provider import build_model, read_hf_config
 from megatron_reheat.parallel import topology as parallel_topology
 from megatron_reheat.parallel.topology import Topology
+from megatron_reheat.recipe import parse_config
 
 PROMPT_LENGTHS = (4, 9, 16)
 GREEDY_TOKENS = 8

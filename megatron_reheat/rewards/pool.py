@@ -25,7 +25,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_reheat.config import MAX_REWARD, RewardConfig
+from megatron_reheat.config import RewardConfig
+from megatron_reheat.config_fields import MAX_REWARD
 from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.processes import helper_environment
 from megatron_reheat.rewards.boxes import graded_part

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_reheat.config import MAX_SAMPLES, check_temperature
+from megatron_reheat.config_fields import MAX_SAMPLES, check_temperature
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.types import SamplingParams, TokenArray
 

@@ -108,8 +108,8 @@ def prepare(root: Path) -> tuple[Path, float]:
     from pyarrow import parquet  # noqa: F401
 
     from megatron_reheat.cluster import preflight, slurm  # noqa: F401
-    from megatron_reheat.config import load_config
     from megatron_reheat.evaluation import evaluate  # noqa: F401
+    from megatron_reheat.recipe import load_config
     from megatron_reheat.rollout import load_check, vllm_version  # noqa: F401
     from megatron_reheat.stages import convert, run, serve  # noqa: F401
 

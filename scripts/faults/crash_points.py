@@ -154,10 +154,10 @@ class Saves:
     """Saves into the folder `checkpoints` of the disk, by an engine of one rank."""
 
     def __init__(self, disk: Disk, model_root: Path) -> None:
-        from megatron_reheat.config import load_config
         from megatron_reheat.model.checkpoint import install_checkpoint_fixes
         from megatron_reheat.model.engine import Engine
         from megatron_reheat.parallel import topology
+        from megatron_reheat.recipe import load_config
 
         bench = Bench(model_root / "bench", _small_model(model_root / "model"), copies_model=False)
         config = load_config(bench.recipe())

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from megatron_reheat.config import Config, load_config
+from megatron_reheat.config import Config
 from megatron_reheat.ports import free_port
+from megatron_reheat.recipe import load_config
 from megatron_reheat.run_folder import RunFolder
 from scripts.faults.case import Bench, make_good_model
 from scripts.faults.damages import NEWEST, Damage, damages

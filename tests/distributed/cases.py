@@ -369,7 +369,7 @@ def _hostile_loads(engine: Any, checkpoints: Path) -> dict[tuple[str, str], str]
 
 def _inputs_around_midnight(recipe: Path, topology: Any) -> list[tuple[Any, str, int]]:
     """(date, first prompt, fingerprint) as this rank reads them, and once the ranks have agreed."""
-    from megatron_reheat.config import load_config
+    from megatron_reheat.recipe import load_config
     from megatron_reheat.stages.inputs import agree_on_date, read_inputs
 
     config = load_config(recipe)
@@ -785,7 +785,7 @@ class running_engine:
     """An `Engine` under a layout, in the job's process group; Megatron's state is torn down on the way out."""
 
     def __init__(self, folder: Path, *, aggregation: str = "token_mean", **layout: Any) -> None:
-        from megatron_reheat.config import parse_config
+        from megatron_reheat.recipe import parse_config
 
         dtype = layout.pop("dtype", "float32")
         model = {name: layout.pop(name) for name in ("recompute", "fused_head", "head_chunk_tokens") if name in layout}

@@ -51,9 +51,9 @@ def _train(folder: Path, name: str, options: dict[str, Any], layout: dict[str, A
 
 def make_method(name: str, options: dict[str, Any]) -> Any:
     """As a recipe would."""
-    from megatron_reheat.config import parse_config
     from megatron_reheat.methods import choose_method
     from megatron_reheat.methods.grpo import Tools
+    from megatron_reheat.recipe import parse_config
 
     config = parse_config(
         {

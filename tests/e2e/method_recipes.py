@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from examples.countdown_cpu.make_model import make_model, make_tokenizer
 from examples.countdown_cpu.make_task import make_problem
 from examples.entropy_arena.recipes import RECIPES, moved
-from megatron_reheat.config import Config, dump_config, load_config
+from megatron_reheat.config import Config
 from megatron_reheat.methods import METHODS
+from megatron_reheat.recipe import dump_config, load_config
 from tests.e2e import runs
 from tests.e2e.policies import imitate
 

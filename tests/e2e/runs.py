@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 
 from examples.countdown_cpu.make_model import make_model, make_tokenizer
 from megatron_reheat.cli import main
-from megatron_reheat.config import DataConfig, load_config
+from megatron_reheat.config import DataConfig
 from megatron_reheat.data.sources import read_records
+from megatron_reheat.recipe import load_config
 from tests.e2e.policies import imitate
 from tests.forks import run_ranks
 

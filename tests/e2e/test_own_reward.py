@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_reheat.config import load_config
+from megatron_reheat.recipe import load_config
 from tests.e2e import runs
 
 RECIPE = runs.ROOT / "yaml" / "countdown_cpu_own_reward.yaml"

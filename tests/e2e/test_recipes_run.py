@@ -16,8 +16,9 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_reheat.config import Config, DataConfig, load_config
+from megatron_reheat.config import Config, DataConfig
 from megatron_reheat.model.checkpoint import read_state
+from megatron_reheat.recipe import load_config
 from tests.character_tokenizer import character_tokenizer
 from tests.e2e import runs
 from tests.e2e.policies import imitate

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_reheat.config import load_config
 from megatron_reheat.errors import ReheatError
+from megatron_reheat.recipe import load_config
 from megatron_reheat.stages.series import RunSeries
 from tests.e2e import runs
 from tests.forks import run_ranks

@@ -16,8 +16,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_reheat.config import load_config
 from megatron_reheat.ports import free_port
+from megatron_reheat.recipe import load_config
 from megatron_reheat.rollout.server.process import transfer_backend
 from megatron_reheat.rollout.server.servers import Servers
 from megatron_reheat.rollout.server.weights import FRESH

@@ -96,7 +96,7 @@ TRAINER = """
 import os, signal, sys, time, urllib.error, urllib.request
 from pathlib import Path
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-from megatron_reheat.config import load_config
+from megatron_reheat.recipe import load_config
 
 servers = load_config(sys.argv[1], sys.argv[2:]).rollout.servers
 def are_healthy():

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from megatron_reheat.checkpoint_folder import LATEST
-from megatron_reheat.config import Config, load_config
+from megatron_reheat.config import Config
 from megatron_reheat.model.hf_reader import HFReader
+from megatron_reheat.recipe import load_config
 from megatron_reheat.run_folder import RunFolder
 from megatron_reheat.stages.series import RunSeries
 from megatron_reheat.types import POLICY, Prompt, Scores, TokenArray, TrainBatch

@@ -15,9 +15,10 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from megatron_reheat.config import Config, load_config
+from megatron_reheat.config import Config
 from megatron_reheat.data.prompts import PromptCursor
 from megatron_reheat.errors import ConfigError, ReheatError
+from megatron_reheat.recipe import load_config
 from megatron_reheat.stages.run import RunState, read_inputs
 from megatron_reheat.stages.run_state import read_run_state
 from tests.e2e import runs

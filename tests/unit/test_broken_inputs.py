@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_reheat.config import ModelConfig, load_config
+from megatron_reheat.config import ModelConfig
 from megatron_reheat.data.apart import Failed, OverLimit, run_apart
 from megatron_reheat.errors import ConfigError, printable
 from megatron_reheat.files import problem_of_file, problem_of_folder
 from megatron_reheat.model import provider
+from megatron_reheat.recipe import load_config
 from megatron_reheat.run_folder import RunFolder
 from tests.e2e.runs import ROOT
 

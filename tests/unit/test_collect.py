@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_reheat.clock import Clock
-from megatron_reheat.config import parse_config
 from megatron_reheat.data.prompts import PromptCursor, PromptDataset
+from megatron_reheat.recipe import parse_config
 from megatron_reheat.stages.collect import FRUITLESS_BATCHES, Collector, StepAbandoned
 from megatron_reheat.stages.entropy import PROBES, choose_probes, judge_entropy
 from megatron_reheat.types import At, Collected, Completion, Group, Prompt, Reward, Scores, TrainBatch, TrainSequence

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from megatron_reheat.config import Config, dump_config, load_config, parse_config
+from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError, ReheatError
+from megatron_reheat.recipe import dump_config, load_config, parse_config
 from megatron_reheat.rollout.engine_options import engine_options
 from megatron_reheat.stages.outcome import derive_seed
 

@@ -19,8 +19,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_reheat import cli
 from megatron_reheat.cluster.preflight import NODE_GPUS
-from megatron_reheat.config import load_config
 from megatron_reheat.model.architecture import QWEN3, Architecture, read_architecture
+from megatron_reheat.recipe import load_config
 from tests.character_tokenizer import character_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

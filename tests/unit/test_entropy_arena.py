@@ -12,7 +12,7 @@ import pytest
 from examples.entropy_arena.arena import Contest, Settings, WarmStart
 from examples.entropy_arena.recipes import RECIPES, moved
 from examples.entropy_arena.results import Mean, Result, draw, markdown, measured, read_all, rows
-from megatron_reheat.config import load_config
+from megatron_reheat.recipe import load_config
 
 
 def result(method: str, seed: int, avg: float, *, reheat: bool = False, **keys: Any) -> Result:

@@ -21,9 +21,10 @@ import yaml
 from megatron_reheat.analysis.report import write_report
 from megatron_reheat.cluster.slurm import JobRequest, make_job
 from megatron_reheat.confidential import HIDDEN, TOKEN_VARIABLE, holds_secret, redact, redact_text
-from megatron_reheat.config import RolloutConfig, dump_config, load_config
+from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import ConfigError, print_error
 from megatron_reheat.model.model_card import model_card, plain
+from megatron_reheat.recipe import dump_config, load_config
 from megatron_reheat.rollout.server.gloo_group import make_store
 from megatron_reheat.rollout.server.guard import TokenGuard, server_token
 from megatron_reheat.rollout.server.servers import Servers

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from megatron_reheat.config import load_config
 from megatron_reheat.config_reference import rows, sections
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.foreign_keys import PROJECTS, translations
+from megatron_reheat.recipe import load_config
 
 KNOWN = {row.key for name, section in sections().items() for row in rows(section, f"{name}.")}
 KNOWN |= {row.key.replace("data.", "eval.data.", 1) for row in rows(sections()["data"], "data.")}

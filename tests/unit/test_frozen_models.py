@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_reheat.config import load_config, parse_config
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import iter_folder_weights, read_model_folder, saved_dtype
+from megatron_reheat.recipe import load_config, parse_config
 from megatron_reheat.rollout.server.servers import Servers
 from megatron_reheat.stages import sampler as samplers
 from megatron_reheat.stages.inputs import read_frozen, read_inputs, read_model

@@ -14,7 +14,6 @@ import pytest
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_reheat.checkpoint_folder import set_newer_aside
-from megatron_reheat.config import parse_config
 from megatron_reheat.errors import NonFiniteLossError, ReheatError
 from megatron_reheat.model.checkpoint import (
     _write,
@@ -24,6 +23,7 @@ from megatron_reheat.model.checkpoint import (
     read_state,
     remove_old_checkpoints,
 )
+from megatron_reheat.recipe import parse_config
 from megatron_reheat.run_folder import RunFolder
 from megatron_reheat.stages.controller import Controller, Verdict
 from megatron_reheat.stages.outcome import StepOutcome

@@ -15,8 +15,10 @@ import pytest
 
 from examples.own_reward import judge
 from examples.own_reward.rewards import brevity, closeness
-from megatron_reheat.config import MAX_FUNCTIONS, RewardConfig, load_config
+from megatron_reheat.config import RewardConfig
+from megatron_reheat.config_fields import MAX_FUNCTIONS
 from megatron_reheat.errors import ConfigError, ReheatError
+from megatron_reheat.recipe import load_config
 from megatron_reheat.rewards.functions import check_functions
 from megatron_reheat.rewards.pool import VerifierPool
 from megatron_reheat.rewards.protocol import MAX_VALUES, REPLY

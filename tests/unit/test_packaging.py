@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_reheat.config import RewardConfig, load_config
+from megatron_reheat.config import RewardConfig
 from megatron_reheat.errors import ConfigError
+from megatron_reheat.recipe import load_config
 from megatron_reheat.rewards import graders
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +47,7 @@ def test_a_wheel_holds_the_recipes_and_runs_them_by_name(tmp_path: Path) -> None
     assert "megatron_reheat/cluster/job.sbatch.template" in names
     assert not any(name.startswith(("tests/", "examples/", "scripts/")) for name in names)
     code = (
-        "import megatron_reheat.config as c; assert 'installed' in c.__file__;"
+        "import megatron_reheat.recipe as c; assert 'installed' in c.__file__;"
         "print(c.load_config('methods/rlrt').rl.method, c.load_config('ts_opsd.yaml').run.name)"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "installed", capture_output=True, text=True)

@@ -22,9 +22,10 @@ from megatron_reheat.cluster.estimate import CONSTANT_TEXTS, GIB, GPUS, Constant
 from megatron_reheat.cluster.gpu_start import check_gpu_start
 from megatron_reheat.cluster.preflight import check, find_knee, make_estimate, scaling
 from megatron_reheat.cluster.published import comparisons
-from megatron_reheat.config import Config, apply_override, load_config, parse_config
+from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.model.architecture import LLAMA_31_8B, QWEN, QWEN3, QWEN25, Architecture, read_architecture
+from megatron_reheat.recipe import apply_override, load_config, parse_config
 from megatron_reheat.rollout.engine_options import engine_options
 from megatron_reheat.stages.sampler import with_fixed_cache
 from tests.e2e import runs

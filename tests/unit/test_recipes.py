@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_reheat.config import dump_config, load_config
 from megatron_reheat.methods import choose_method
+from megatron_reheat.recipe import dump_config, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted([*(ROOT / "yaml").rglob("*.yaml"), *(ROOT / "examples").rglob("*.yaml")])

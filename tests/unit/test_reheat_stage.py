@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_reheat.config import parse_config
 from megatron_reheat.metrics import MetricSums
 from megatron_reheat.model.engine import UpdateResult
+from megatron_reheat.recipe import parse_config
 from megatron_reheat.stages.controller import Controller, ControllerState, Verdict
 from megatron_reheat.stages.reheat import ReheatStage
 from megatron_reheat.types import At, Completion, Group, Prompt, Reward

@@ -15,9 +15,10 @@ import yaml
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_reheat.config import Config, load_config, parse_config
+from megatron_reheat.config import Config
 from megatron_reheat.console import HEADER_EVERY
 from megatron_reheat.errors import ReheatError
+from megatron_reheat.recipe import load_config, parse_config
 from megatron_reheat.run_folder import RunFolder, read_metrics, read_segments
 from megatron_reheat.run_logger import RunLogger, StepRecord
 from megatron_reheat.types import Completion, Group, Prompt, Reward

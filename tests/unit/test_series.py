@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from megatron_reheat.config import Config, parse_config
+from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError
+from megatron_reheat.recipe import parse_config
 from megatron_reheat.stages import series
 from megatron_reheat.stages.series import RunSeries
 

@@ -15,8 +15,8 @@ from megatron_reheat import cli, stop_request
 from megatron_reheat.cluster.notice import seconds_of
 from megatron_reheat.cluster.preflight import make_estimate
 from megatron_reheat.cluster.slurm import TEMPLATE, Job, JobRequest, make_job, submit, write_job
-from megatron_reheat.config import load_config
 from megatron_reheat.errors import ConfigError, ReheatError
+from megatron_reheat.recipe import load_config
 from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]

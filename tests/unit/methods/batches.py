@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_reheat.config import parse_config
 from megatron_reheat.methods.grpo import GRPO
 from megatron_reheat.parallel.packing import make_microbatches
 from megatron_reheat.parallel.vocab import VocabLogits
+from megatron_reheat.recipe import parse_config
 from megatron_reheat.types import At, Scores, TrainBatch, TrainSequence
 from tests.unit.methods.builders import make
 

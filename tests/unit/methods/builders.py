@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_reheat.config import Config, parse_config
+from megatron_reheat.config import Config
 from megatron_reheat.methods import choose_method
 from megatron_reheat.methods.grpo import GRPO, Tools
+from megatron_reheat.recipe import parse_config
 from megatron_reheat.types import At, Collected, Completion, Group, Prompt, Reward, Scores, TrainBatch
 
 NO_HINTS = Tools(SimpleNamespace(max_position_embeddings=10_000), lambda ids: "", lambda prompt, solution: None)

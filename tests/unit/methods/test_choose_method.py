@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from megatron_reheat.config import Config, dump_config, load_config, parse_config
+from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.methods import METHODS, choose_method, method_class
 from megatron_reheat.methods.grpo import GRPO, Costs
+from megatron_reheat.recipe import dump_config, load_config, parse_config
 
 # annotations are text, as in most modern files: they are found only where the file is a module like any other
 TOY = """
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 from pydantic import Field
-from megatron_reheat.config import Section
+from megatron_reheat.config_fields import Section
 from megatron_reheat.methods.grpo import GRPO, Costs
 
 @dataclass

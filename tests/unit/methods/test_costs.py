@@ -13,9 +13,10 @@ from rich.console import Console
 
 from megatron_reheat.cluster.estimate import Estimate
 from megatron_reheat.cluster.preflight import check, make_estimate
-from megatron_reheat.config import Config, load_config, parse_config
+from megatron_reheat.config import Config
 from megatron_reheat.methods import choose_method
 from megatron_reheat.methods.grpo import Costs
+from megatron_reheat.recipe import load_config, parse_config
 
 YAML = Path(__file__).resolve().parents[3] / "yaml" / "methods"
 METHOD = """

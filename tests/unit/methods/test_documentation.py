@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_reheat.config import load_config
 from megatron_reheat.methods import METHODS
+from megatron_reheat.recipe import load_config
 
 ROOT = Path(__file__).resolve().parents[3]
 ROW = re.compile(r"^\| \[`(\w+)`\]\((megatron_reheat/methods/[\w.]+)\) \|(.*)\|$", re.MULTILINE)

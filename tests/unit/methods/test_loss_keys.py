@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_reheat.config import parse_config
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.losses.policy import REF_LOGPROBS
 from megatron_reheat.losses.reference_kl import reference_kl
@@ -21,6 +20,7 @@ from megatron_reheat.methods import METHODS, choose_method
 from megatron_reheat.methods.grpo import GRPO
 from megatron_reheat.parallel.packing import MicroBatch, make_microbatches
 from megatron_reheat.parallel.vocab import VocabLogits
+from megatron_reheat.recipe import parse_config
 from tests.unit.methods.batches import AT, TEMPERATURE, VOCAB, make_case
 from tests.unit.methods.builders import make_any
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from megatron_reheat.clock import Clock
-from megatron_reheat.config import parse_config
 from megatron_reheat.data import encoders
 from megatron_reheat.data.prompts import make_prompts
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.methods import choose_method
 from megatron_reheat.methods.grpo import Tools
 from megatron_reheat.methods.oger import OGER
+from megatron_reheat.recipe import parse_config
 from megatron_reheat.types import At, Collected, Completion, Group, Reward, Scores, TrainBatch
 from tests.character_tokenizer import character_tokenizer
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_reheat.config import Config, parse_config
+from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.losses.oisd import attention_loss, sample_positions, think_loss
 from megatron_reheat.methods import choose_method
@@ -21,6 +21,7 @@ from megatron_reheat.metrics import MetricSums
 from megatron_reheat.parallel.attention import Attention
 from megatron_reheat.parallel.packing import MicroBatch, make_microbatches
 from megatron_reheat.parallel.vocab import VocabLogits
+from megatron_reheat.recipe import parse_config
 from megatron_reheat.types import At, TrainBatch, TrainSequence
 
 VOCAB = 11

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_reheat.config import Config, parse_config
+from megatron_reheat.config import Config
 from megatron_reheat.data.prompts import make_prompts
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.methods.grpo import Tools
 from megatron_reheat.methods.privileged import Privileged, teacher_view
+from megatron_reheat.recipe import parse_config
 from megatron_reheat.types import At, Completion, Group, Prompt, Reward, TrainBatch
 from tests.character_tokenizer import character_tokenizer
 

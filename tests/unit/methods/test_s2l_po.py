@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from megatron_reheat.clock import Clock
-from megatron_reheat.config import parse_config
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.methods import choose_method
 from megatron_reheat.methods.grpo import Tools
 from megatron_reheat.methods.s2l_po import S2LPO, explorer_share
+from megatron_reheat.recipe import parse_config
 from megatron_reheat.types import At, Collected, Completion, Group, Prompt, Reward, Scores, TrainBatch
 
 PROMPTS = [Prompt(i, "", (1, 2), {}) for i in range(2)]

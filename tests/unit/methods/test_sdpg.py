@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_reheat.config import Config, parse_config
+from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.losses.sdpg import reference_anchor
 from megatron_reheat.methods import choose_method
@@ -20,6 +20,7 @@ from megatron_reheat.methods.grpo import Tools
 from megatron_reheat.methods.sdpg import SDPG
 from megatron_reheat.parallel.packing import MicroBatch, make_microbatches
 from megatron_reheat.parallel.vocab import VocabLogits
+from megatron_reheat.recipe import parse_config
 from megatron_reheat.types import At, Completion, Group, Prompt, Reward, Scores, TrainBatch
 
 VOCAB = 13
