@@ -166,7 +166,7 @@ def _serve(parsed: argparse.Namespace) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, {STOP_SIGNAL})
     config = load_config(parsed.config, parsed.overrides)
 
-    from megatron_reheat.stages.serve import serve
+    from megatron_reheat.commands.serve import serve
 
     serve(config, host=parsed.host, port=parsed.port, servers=parsed.servers, log_folder=parsed.log_folder)
     return 0
@@ -248,6 +248,7 @@ def _add_checkpoint(command: argparse.ArgumentParser) -> None:
 
 
 def _eval(parsed: argparse.Namespace) -> int:
+    from megatron_reheat.commands.convert import as_hf_folder
     from megatron_reheat.evaluation.evaluate import evaluate
     from megatron_reheat.evaluation.results import (
         EvalOptions,
@@ -256,7 +257,6 @@ def _eval(parsed: argparse.Namespace) -> int:
         results_table,
         stopped_after,
     )
-    from megatron_reheat.stages.convert import as_hf_folder
 
     hold_stop_signals()
     given: dict[str, Any] = {**vars(parsed), "suites": tuple(parsed.suites), "engine": tuple(parsed.engine)}
@@ -353,9 +353,9 @@ def _convert(parsed: argparse.Namespace) -> int:
         raise ConfigError("--no-verify and --verify-vllm exclude each other; leave one out")
     visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a login node's GPU, or a busy one, has no part in this
+    from megatron_reheat.commands.convert import from_hf, to_hf
     from megatron_reheat.rollout.load_check import sample_greedily
     from megatron_reheat.rollout.vllm_version import require_vllm
-    from megatron_reheat.stages.convert import from_hf, to_hf
 
     if parsed.from_hf:
         print(from_hf(parsed.from_hf[0], Path(parsed.from_hf[1])))

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from megatron_reheat.losses.policy import policy_loss
+from megatron_reheat.losses.policy_gradient import policy_loss
 from megatron_reheat.losses.reheat import reheat_loss, sft_loss
 from megatron_reheat.model.engine import Engine
 from megatron_reheat.parallel import topology

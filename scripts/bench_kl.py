@@ -37,7 +37,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_reheat.losses import fused_tempered_kl, tempered_kl
-from megatron_reheat.parallel.head import head_loss
+from megatron_reheat.parallel.head_loss import head_loss
 from megatron_reheat.parallel.vocab import DEFAULT_CHUNK_TOKENS, VocabHead, VocabLogits, Vocabulary
 from scripts.storage_counter import StorageCounter
 

@@ -28,7 +28,7 @@ from rich.table import Table
 from examples.countdown_cpu.make_model import make_model, make_tokenizer
 from megatron_reheat.clock import Clock
 from megatron_reheat.data.responses import response_text
-from megatron_reheat.losses.policy import policy_loss
+from megatron_reheat.losses.policy_gradient import policy_loss
 from megatron_reheat.model.engine import Engine
 from megatron_reheat.parallel import topology
 from megatron_reheat.recipe import load_config

@@ -27,9 +27,9 @@ from rich.table import Table
 
 from examples.countdown_cpu.make_model import make_model, make_tokenizer
 from examples.entropy_arena.recipes import RECIPES, Sections, moved
+from megatron_reheat.commands.convert import to_hf
 from megatron_reheat.config import Config
 from megatron_reheat.recipe import dump_config
-from megatron_reheat.stages.convert import to_hf
 from megatron_reheat.stages.run import Run
 from megatron_reheat.stages.series import RunSeries
 from megatron_reheat.types import At

@@ -25,10 +25,10 @@ from examples.countdown_cpu.demo import make_inputs
 from examples.countdown_cpu.make_model import make_model, make_tokenizer
 from examples.entropy_arena.recipes import RECIPES, ROOT, Sections, moved
 from examples.entropy_arena.results import Result, draw, markdown, measured, read_all
+from megatron_reheat.commands.convert import to_hf
 from megatron_reheat.config import Config
 from megatron_reheat.processes import die_with_parent
 from megatron_reheat.run_folder import RunFolder, read_metrics
-from megatron_reheat.stages.convert import to_hf
 from megatron_reheat.stages.series import RunSeries
 
 HERE = Path(__file__).parent

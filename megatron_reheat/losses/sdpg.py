@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_reheat.losses.policy import (
+from megatron_reheat.losses.policy_gradient import (
     MAX_LOG_RATIO,
     REF_LOGPROBS,
     Surrogate,
@@ -61,7 +61,7 @@ def sdpg_loss(
     anchor: Anchor,
     importance_weighted: bool,
 ) -> tuple[Tensor, MetricSums]:
-    """`losses.policy.surrogate_loss` (`policy`) of `surrogate` + beta x gated KL(student || teacher) + alpha x anchor.
+    """`losses.policy_gradient.surrogate_loss` (`policy`) of `surrogate` + beta x gated KL(student || teacher) + alpha x anchor.
 
     The last two count by pi / pi_old, detached, if `importance_weighted`. `temperature` is that of both sides of the KL. The
     metric `sdpg/teacher_kl` is the mean over distilled tokens, before the clamp at 20; `sdpg/ref_log_ratio` that of log w over

@@ -1,4 +1,4 @@
-"""Surrogates of the policy gradient besides PPO's clip (`losses.policy`): what each does with ratio and advantage of a token.
+"""Surrogates besides PPO's clip (`losses.policy_gradient`): what each does with ratio and advantage of a token.
 
 Shapes: every tensor is [T], one entry per packed token, float32. Flags in `rows` are 0/1.
 """
@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_reheat.losses.policy import Surrogate, SurrogateLoss, log_ratio
+from megatron_reheat.losses.policy_gradient import Surrogate, SurrogateLoss, log_ratio
 from megatron_reheat.parallel.packing import MicroBatch
 
 SELECTED = "selected"  # the column of tokens that a covariance method treats apart, 0/1

@@ -14,7 +14,7 @@ from functools import partial
 from pydantic import Field
 
 from megatron_reheat.config_fields import Section
-from megatron_reheat.losses.policy import SurrogateLoss
+from megatron_reheat.losses.policy_gradient import SurrogateLoss
 from megatron_reheat.losses.surrogates import weight_clipped
 from megatron_reheat.methods.grpo import GRPO
 

@@ -12,7 +12,7 @@ from megatron_reheat.config import Config
 from megatron_reheat.config_fields import Section
 from megatron_reheat.data.dataset import RenderedPrompts
 from megatron_reheat.losses.advantage import group_advantages, overlong_penalty
-from megatron_reheat.losses.policy import SurrogateLoss, clipped_surrogate, surrogate_loss
+from megatron_reheat.losses.policy_gradient import SurrogateLoss, clipped_surrogate, surrogate_loss
 from megatron_reheat.parallel.attention import AttentionTerm
 from megatron_reheat.parallel.packing import Loss, PerToken
 from megatron_reheat.types import (

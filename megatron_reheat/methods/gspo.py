@@ -29,7 +29,7 @@ from pydantic import Field
 
 from megatron_reheat.config import Config
 from megatron_reheat.config_fields import Section
-from megatron_reheat.losses.policy import SurrogateLoss
+from megatron_reheat.losses.policy_gradient import SurrogateLoss
 from megatron_reheat.losses.surrogates import sequence_clipped
 from megatron_reheat.methods.grpo import GRPO, Scoring
 from megatron_reheat.types import Scores, TrainBatch, TrainSequence

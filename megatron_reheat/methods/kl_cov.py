@@ -19,7 +19,7 @@ from pydantic import Field
 
 from megatron_reheat.config import Config
 from megatron_reheat.config_fields import Section
-from megatron_reheat.losses.policy import SurrogateLoss
+from megatron_reheat.losses.policy_gradient import SurrogateLoss
 from megatron_reheat.losses.surrogates import selected_held
 from megatron_reheat.methods.covariance import CovarianceMethod
 from megatron_reheat.types import FloatArray

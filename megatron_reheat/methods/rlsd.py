@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from megatron_reheat.config import Config
-from megatron_reheat.losses.policy import MAX_LOG_RATIO
+from megatron_reheat.losses.policy_gradient import MAX_LOG_RATIO
 from megatron_reheat.methods.grpo import Costs, Scoring, Tools
 from megatron_reheat.methods.privileged import Privileged, teacher_view
 from megatron_reheat.types import FloatArray, HintSource, Scores, TrainBatch

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from megatron_reheat.config import Config
-from megatron_reheat.losses.policy import REF_LOGPROBS
+from megatron_reheat.losses.policy_gradient import REF_LOGPROBS
 from megatron_reheat.losses.sdpg import HINTED, TEACHER, Anchor, sdpg_loss
 from megatron_reheat.methods.grpo import ASSUMED_ACCURACY, GRPO, Costs, Scoring
 from megatron_reheat.methods.privileged import Privileged

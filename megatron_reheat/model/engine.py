@@ -32,7 +32,7 @@ from megatron_reheat.model.hf_weights import HFExporter, load_hf_weights
 from megatron_reheat.model.master_weights import MasterWeights, Snapshot
 from megatron_reheat.model.provider import build_model, check_layout, read_hf_config
 from megatron_reheat.parallel.attention import Attention, AttentionTerm
-from megatron_reheat.parallel.head import head_loss
+from megatron_reheat.parallel.head_loss import head_loss
 from megatron_reheat.parallel.packing import Aggregation, Loss, MicroBatch, PerToken, make_microbatches
 from megatron_reheat.parallel.topology import Topology
 from megatron_reheat.parallel.vocab import VocabHead, VocabLogits, Vocabulary

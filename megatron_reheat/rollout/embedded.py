@@ -18,15 +18,15 @@ from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import EngineDied, WeightSyncError
 from megatron_reheat.rollout.checks import check_params, check_prompts
 from megatron_reheat.rollout.child_process import ChildProcess
-from megatron_reheat.rollout.engine import EngineHealth, SyncReport
 from megatron_reheat.rollout.engine_options import engine_environment, engine_options
 from megatron_reheat.rollout.gpus import visible_gpus
 from megatron_reheat.rollout.packed import Entry, aligned
+from megatron_reheat.rollout.rollout_engine import EngineHealth, SyncReport
 from megatron_reheat.rollout.weight_buffer import DeviceBuffer, HostBuffer, SendBuffer
 from megatron_reheat.rollout.wire import SampleRequest, WorkerReady, WorkerSettings
 from megatron_reheat.types import Completion, SamplingParams
 
-WORKER_MODULE = "megatron_reheat.rollout.worker"
+WORKER_MODULE = "megatron_reheat.rollout.engine_process"
 WEIGHT_RECEIVER = "megatron_reheat.rollout.weight_receiver.WeightReceiver"
 # the engine loads one portion while the trainer gathers the next
 PORTION_BYTES = 32 << 20

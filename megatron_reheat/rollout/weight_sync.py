@@ -11,7 +11,7 @@ import torch
 
 from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import WeightSyncError
-from megatron_reheat.rollout.engine import RolloutEngine, SyncReport
+from megatron_reheat.rollout.rollout_engine import RolloutEngine, SyncReport
 from megatron_reheat.types import FloatArray
 
 

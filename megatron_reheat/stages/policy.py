@@ -17,7 +17,7 @@ from megatron_reheat.model.engine import Engine
 from megatron_reheat.parallel.seats import engine_seats
 from megatron_reheat.parallel.topology import Topology
 from megatron_reheat.rewards.pool import VerifierPool
-from megatron_reheat.rollout.engine import RolloutEngine, SyncReport
+from megatron_reheat.rollout.rollout_engine import RolloutEngine, SyncReport
 from megatron_reheat.rollout.server.fleet import ServerFleet
 from megatron_reheat.rollout.weight_sync import WeightSync
 from megatron_reheat.types import Completion, Group, Prompt, Reward, SamplingParams

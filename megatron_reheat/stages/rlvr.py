@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_reheat.clock import Clock
 from megatron_reheat.config import Config
-from megatron_reheat.losses.policy import REF_LOGPROBS
+from megatron_reheat.losses.policy_gradient import REF_LOGPROBS
 from megatron_reheat.methods.grpo import GRPO
 from megatron_reheat.metrics import MetricSums
 from megatron_reheat.model.engine import NO_COLUMNS, Engine, UpdateResult

@@ -34,7 +34,8 @@ from megatron_reheat.run_lock import RunLock
 from megatron_reheat.run_logger import RunLogger, StepRecord
 from megatron_reheat.stages.collect import Collector, StepAbandoned
 from megatron_reheat.stages.controller import Controller, ControllerState, Verdict
-from megatron_reheat.stages.evaluate import evaluate
+from megatron_reheat.stages.engines import frozen_weights, start_frozen, start_sampler
+from megatron_reheat.stages.held_out import evaluate
 from megatron_reheat.stages.inputs import Inputs, agree_on_date, read_inputs
 from megatron_reheat.stages.outcome import Stage, StepOutcome, derive_seed
 from megatron_reheat.stages.policy import FrozenSampler, Policy
@@ -42,7 +43,6 @@ from megatron_reheat.stages.reference import Reference
 from megatron_reheat.stages.reheat import ReheatStage
 from megatron_reheat.stages.rlvr import RLVRStage
 from megatron_reheat.stages.run_state import RunState, other_version, read_run_state
-from megatron_reheat.stages.sampler import frozen_weights, start_frozen, start_sampler
 from megatron_reheat.stages.setbacks import not_finite, proven_checkpoint
 from megatron_reheat.stages.sft import SFTStage
 from megatron_reheat.stop_request import asked_to_stop, how_to_go_on, stop_requested

@@ -12,9 +12,9 @@ from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.parallel import topology as parallel_topology
 from megatron_reheat.run_lock import RunLock
+from megatron_reheat.stages.engines import start_frozen
 from megatron_reheat.stages.inputs import Inputs, agree_on_date, read_inputs
 from megatron_reheat.stages.run import Helpers, Run
-from megatron_reheat.stages.sampler import start_frozen
 
 SHARED = ("parallel", "rollout", "reward")  # sections that are the same in all recipes of a series
 

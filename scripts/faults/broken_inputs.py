@@ -82,9 +82,9 @@ def run_case(case: Case, good_model: Path, folder: Path) -> Outcome:
 @contextlib.contextmanager
 def _accepting() -> Iterator[None]:
     """Where an engine or a process group would be started, a command has accepted its input."""
+    from megatron_reheat.commands import serve
     from megatron_reheat.parallel import topology
     from megatron_reheat.rollout import embedded
-    from megatron_reheat.stages import serve
 
     accept = mock.Mock(side_effect=Accepted)
     with (
@@ -108,10 +108,11 @@ def prepare(root: Path) -> tuple[Path, float]:
     from pyarrow import parquet  # noqa: F401
 
     from megatron_reheat.cluster import preflight, slurm  # noqa: F401
+    from megatron_reheat.commands import convert, serve  # noqa: F401
     from megatron_reheat.evaluation import evaluate  # noqa: F401
     from megatron_reheat.recipe import load_config
     from megatron_reheat.rollout import load_check, vllm_version  # noqa: F401
-    from megatron_reheat.stages import convert, run, serve  # noqa: F401
+    from megatron_reheat.stages import run
 
     bench = Bench(root / "warm", model, copies_model=False)
     run.read_inputs(load_config(bench.recipe()))

@@ -138,7 +138,7 @@ def _move(engine: Any) -> None:
 @contextlib.contextmanager
 def _accepting() -> Iterator[None]:
     """`reheat train` without an engine, up to its first step."""
-    from megatron_reheat.rollout.engine import SyncReport
+    from megatron_reheat.rollout.rollout_engine import SyncReport
     from megatron_reheat.stages import run
 
     def begin(self: Any) -> None:
@@ -241,9 +241,10 @@ def _import_everything(recipe: Path) -> None:
     from pyarrow import parquet  # noqa: F401
 
     from megatron_reheat.analysis import report  # noqa: F401
+    from megatron_reheat.commands import convert  # noqa: F401
     from megatron_reheat.parallel import cpu
     from megatron_reheat.rollout import load_check, vllm_version  # noqa: F401
-    from megatron_reheat.stages import convert, inputs, run  # noqa: F401
+    from megatron_reheat.stages import inputs, run  # noqa: F401
 
     cpu.install()
     inputs.read_inputs(load_config(recipe))

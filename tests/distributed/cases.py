@@ -147,7 +147,7 @@ def _divergence_errors(
 
 def _head_loss_errors(group: Any, shard: int, tensor_size: int, vocab_size: int) -> dict[str, float]:
     """A layer's JS to the policy plus the policy's KL to a teacher, from hidden states; gradients summed over the group."""
-    from megatron_reheat.parallel.head import head_loss
+    from megatron_reheat.parallel.head_loss import head_loss
     from megatron_reheat.parallel.vocab import VocabLogits
 
     generator = torch.Generator().manual_seed(4)
@@ -253,7 +253,7 @@ def train_five_steps(runs: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, 
 
 
 def _train_five_steps(folder: Path, **layout: Any) -> dict[str, Any]:
-    from megatron_reheat.losses.policy import policy_loss
+    from megatron_reheat.losses.policy_gradient import policy_loss
     from megatron_reheat.losses.reheat import reheat_loss, sft_loss
 
     grpo = partial(
@@ -481,7 +481,7 @@ def _trip(folder: Path, checkpoints: Path, trip: list[dict[str, Any]]) -> dict[s
 
 def sequence_losses(folder: Path, layouts: list[dict[str, Any]]) -> dict[str, Any]:
     """One step of GSPO under each layout: loss, gradient norm and weights; and the same by transformers in float64."""
-    from megatron_reheat.losses.policy import surrogate_loss
+    from megatron_reheat.losses.policy_gradient import surrogate_loss
     from megatron_reheat.losses.surrogates import sequence_clipped
 
     gspo = partial(sequence_clipped, clip_low=0.05, clip_high=0.1)
@@ -734,8 +734,8 @@ def converted_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
     The main rank converts, alone, before and after the job. Returns by rank whether the loaded weights were those of the
     Hugging Face folder, and what the main rank's conversions reported.
     """
+    from megatron_reheat.commands.convert import from_hf, to_hf
     from megatron_reheat.parallel import topology
-    from megatron_reheat.stages.convert import from_hf, to_hf
 
     main = os.environ["RANK"] == "0"
     if main:  # the others wait for it to join the job

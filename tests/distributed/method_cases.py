@@ -76,7 +76,7 @@ def _at() -> Any:
 def make_batch(step: int) -> Any:
     """Sequences as `weigh` leaves them; every third has no hint, and in the second step all but one: of several ranks, some
     have nothing for the teacher to read then."""
-    from megatron_reheat.losses.policy import REF_LOGPROBS
+    from megatron_reheat.losses.policy_gradient import REF_LOGPROBS
     from megatron_reheat.losses.sdpg import HINTED
 
     generator = np.random.default_rng(step)

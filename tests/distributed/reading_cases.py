@@ -52,7 +52,7 @@ def make_batch(step: int) -> tuple[Any, Any]:
 
 def loss_with_readings(vocab: Any, micro: Any, *, taps: tuple[int, ...]) -> tuple[Tensor, Any]:
     """Clipped policy loss, a gated KL to the teacher view, and a signed JS of every tapped layer to the last one."""
-    from megatron_reheat.losses.policy import policy_loss
+    from megatron_reheat.losses.policy_gradient import policy_loss
 
     loss, metrics = policy_loss(vocab, micro, sampling_temperature=1.0, tis_cap=None, entropy_coef=0.0, **CLIP)
     kl = vocab.kl_to(micro.readings["teacher"], temperature=TEMPERATURES["teacher"])

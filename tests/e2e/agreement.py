@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_reheat.rollout.engine import RolloutEngine
+from megatron_reheat.rollout.rollout_engine import RolloutEngine
 from megatron_reheat.rollout.weight_sync import WeightSync
 from megatron_reheat.types import SamplingParams
 

@@ -112,7 +112,8 @@ def test_a_run_ends_with_it(project: Path, number: signal.Signals) -> None:
     started = descendants(process)
     commands = [" ".join(p.cmdline()) for p in started]
     assert (
-        sum("megatron_reheat train" in c for c in commands) == 3 and sum("rollout.worker" in c for c in commands) == 2
+        sum("megatron_reheat train" in c for c in commands) == 3
+        and sum("rollout.engine_process" in c for c in commands) == 2
     )
     process.send_signal(number)
     output = output_of(process, started)

@@ -47,7 +47,7 @@ def processes_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def engines(processes: list[psutil.Process]) -> int:
-    return sum("megatron_reheat.rollout.worker" in p.cmdline() for p in processes)
+    return sum("megatron_reheat.rollout.engine_process" in p.cmdline() for p in processes)
 
 
 def ended(process: subprocess.Popen[str], started: list[psutil.Process]) -> tuple[str, str]:

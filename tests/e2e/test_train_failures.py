@@ -147,7 +147,7 @@ def _tensors(checkpoint) -> dict[str, torch.Tensor]:
 def _kill_one_engine(process, of_rank: int | None = None) -> int:
     """Kills an engine, the one of the rank with process id `of_rank` if given; returns its rank's process id."""
     children = psutil.Process(process.pid).children(recursive=True)
-    engines = [p for p in children if "rollout.worker" in " ".join(p.cmdline())]
+    engines = [p for p in children if "rollout.engine_process" in " ".join(p.cmdline())]
     victim = next(p for p in engines if of_rank in (None, p.ppid()))
     rank = victim.ppid()
     os.kill(victim.pid, signal.SIGKILL)

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from examples.countdown_cpu.make_model import make_tokenizer
 from megatron_reheat.cli import main
+from megatron_reheat.commands.convert import _engine_gap, as_hf_folder, from_hf, to_hf
 from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.model.checkpoint import _digest
 from megatron_reheat.model.checkpoint_reader import CheckpointReader
-from megatron_reheat.model.convert import Reference, compare_with_transformers
+from megatron_reheat.model.conversion import Reference, compare_with_transformers
 from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.model_card import model_card
-from megatron_reheat.stages.convert import _engine_gap, as_hf_folder, from_hf, to_hf
 from tests.hostile_checkpoints import PAYLOADS, REASONS, tamper
 from tests.tiny_models import VOCAB_SIZE, save_tiny_model
 

@@ -12,7 +12,7 @@ import pytest
 from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import EngineDied
 from megatron_reheat.evaluation import evaluate as evaluation
-from megatron_reheat.rollout.engine import SyncReport
+from megatron_reheat.rollout.rollout_engine import SyncReport
 from megatron_reheat.types import Prompt, SamplingParams
 from tests.e2e import runs
 

@@ -20,6 +20,7 @@ import yaml
 
 from megatron_reheat.analysis.report import write_report
 from megatron_reheat.cluster.slurm import JobRequest, make_job
+from megatron_reheat.commands.serve import check_exposure, is_loopback
 from megatron_reheat.confidential import HIDDEN, TOKEN_VARIABLE, holds_secret, redact, redact_text
 from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import ConfigError, print_error
@@ -30,7 +31,6 @@ from megatron_reheat.rollout.server.guard import TokenGuard, server_token
 from megatron_reheat.rollout.server.servers import Servers
 from megatron_reheat.run_folder import RunFolder
 from megatron_reheat.run_logger import _WandB
-from megatron_reheat.stages.serve import check_exposure, is_loopback
 
 TOKEN = "0123456789abcdef0123"
 SECRETS = ("hunter22hunter22", "s3cr3t-pass", "hf_" + "a" * 34, "0" * 39 + "f")

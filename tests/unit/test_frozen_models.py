@@ -17,7 +17,7 @@ from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import iter_folder_weights, read_model_folder, saved_dtype
 from megatron_reheat.recipe import load_config, parse_config
 from megatron_reheat.rollout.server.servers import Servers
-from megatron_reheat.stages import sampler as samplers
+from megatron_reheat.stages import engines as samplers
 from megatron_reheat.stages.inputs import read_frozen, read_inputs, read_model
 from tests.e2e import runs
 from tests.tiny_models import FAMILIES, save_tiny_model

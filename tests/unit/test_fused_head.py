@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_reheat.losses import fused_logprobs, fused_tempered_kl, tempered_kl, vocab_logprobs
-from megatron_reheat.parallel.head import head_loss
+from megatron_reheat.parallel.head_loss import head_loss
 from megatron_reheat.parallel.vocab import VocabHead, VocabLogits, Vocabulary
 from megatron_reheat.parallel.vocab_triton import INTERPRETED
 from scripts.storage_counter import StorageCounter

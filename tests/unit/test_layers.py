@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "analysis.passk": {"base"},
     "cluster": {"base", "model", "methods", "rewards", "stages"},
     "stages": {"base", "parallel", *SIBLINGS, "methods", "analysis.passk"},
+    "commands": {"base", "model", "rollout", "data", "stages"},
     "analysis": {"base", "parallel", *SIBLINGS, "stages", "analysis.passk"},
     "evaluation": {"base", "model", "rewards", "rollout", "data", "analysis.passk"},
     "config_reference": {"base", "methods"},
@@ -35,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "analysis.passk",
         "evaluation",
         "cluster",
+        "commands",
     },
 }
 

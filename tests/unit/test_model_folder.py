@@ -19,17 +19,17 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from examples.countdown_cpu.make_model import make_tokenizer
 from megatron_reheat.cluster.preflight import check
+from megatron_reheat.commands.convert import from_hf
 from megatron_reheat.data.tokenizer import end_token_id, read_tokenizer, stop_token_ids, turn_end_id
 from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.evaluation.evaluate import evaluate
 from megatron_reheat.evaluation.results import EvalOptions
-from megatron_reheat.model import convert
+from megatron_reheat.model import conversion as convert
 from megatron_reheat.model.backend import choose_backend
 from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import load_hf_weights, read_model_folder, tensor_shapes
 from megatron_reheat.model.provider import build_model, read_hf_config
 from megatron_reheat.recipe import load_config
-from megatron_reheat.stages.convert import from_hf
 from megatron_reheat.stages.inputs import read_inputs
 from tests.e2e import runs
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, save_tiny_model

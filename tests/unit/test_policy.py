@@ -13,7 +13,7 @@ from megatron_reheat.clock import Clock
 from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import ConfigError, EngineDied
 from megatron_reheat.parallel.seats import engine_seats
-from megatron_reheat.rollout.engine import SyncReport
+from megatron_reheat.rollout.rollout_engine import SyncReport
 from megatron_reheat.stages.policy import FrozenSampler, Policy
 from megatron_reheat.types import Completion, Prompt, Reward, SamplingParams
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_reheat.losses.advantage import group_advantages, overlong_penalty
-from megatron_reheat.losses.policy import clipped_policy_loss, policy_loss, tis_weights
+from megatron_reheat.losses.policy_gradient import clipped_policy_loss, policy_loss, tis_weights
 from megatron_reheat.losses.reheat import reheat_loss
 from megatron_reheat.parallel.packing import MicroBatch, make_microbatches
 from megatron_reheat.parallel.vocab import VocabLogits

@@ -27,7 +27,7 @@ from megatron_reheat.errors import ConfigError
 from megatron_reheat.model.architecture import LLAMA_31_8B, QWEN, QWEN3, QWEN25, Architecture, read_architecture
 from megatron_reheat.recipe import apply_override, load_config, parse_config
 from megatron_reheat.rollout.engine_options import engine_options
-from megatron_reheat.stages.sampler import with_fixed_cache
+from megatron_reheat.stages.engines import with_fixed_cache
 from tests.e2e import runs
 from tests.tiny_models import FAMILIES, save_tiny_model
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_reheat.config import RLConfig
-from megatron_reheat.losses.policy import REF_LOGPROBS, policy_loss
+from megatron_reheat.losses.policy_gradient import REF_LOGPROBS, policy_loss
 from megatron_reheat.losses.reference_kl import reference_kl
 from megatron_reheat.parallel.packing import make_microbatches
 from megatron_reheat.parallel.vocab import VocabLogits

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_reheat.commands.serve import check_ports, divide_gpus, serve, stop_on_signals, visible_gpus
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.ports import free_port
 from megatron_reheat.recipe import load_config
 from megatron_reheat.rollout.module_process import log_tail
-from megatron_reheat.stages.serve import check_ports, divide_gpus, serve, stop_on_signals, visible_gpus
 from tests.tiny_models import save_tiny_model
 
 

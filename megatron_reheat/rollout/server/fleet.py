@@ -19,7 +19,7 @@ import numpy as np
 from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import ConfigError, EngineDied, ReheatError, WeightSyncError
 from megatron_reheat.rollout.checks import check_params, check_prompts
-from megatron_reheat.rollout.engine import SyncReport
+from megatron_reheat.rollout.rollout_engine import SyncReport
 from megatron_reheat.rollout.server.client import ServerClient
 from megatron_reheat.rollout.server.sender import Named
 from megatron_reheat.rollout.server.servers import Servers

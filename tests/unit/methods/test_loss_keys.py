@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_reheat.errors import ConfigError
-from megatron_reheat.losses.policy import REF_LOGPROBS
+from megatron_reheat.losses.policy_gradient import REF_LOGPROBS
 from megatron_reheat.losses.reference_kl import reference_kl
 from megatron_reheat.losses.sdpg import HINTED
 from megatron_reheat.losses.surrogates import SELECTED

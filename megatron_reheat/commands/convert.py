@@ -19,7 +19,7 @@ from megatron_reheat.data.prompts import check_vocabulary
 from megatron_reheat.data.tokenizer import read_tokenizer, stop_token_ids
 from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.model.checkpoint import latest_checkpoint, read_state, verify_checkpoint
-from megatron_reheat.model.convert import (
+from megatron_reheat.model.conversion import (
     GREEDY_TOKENS,
     HFExport,
     Reference,

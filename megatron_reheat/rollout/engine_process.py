@@ -19,7 +19,7 @@ from megatron_reheat.large_imports import large_imports
 from megatron_reheat.processes import die_with_parent
 
 if TYPE_CHECKING:
-    from megatron_reheat.rollout.sampler import Sampler
+    from megatron_reheat.rollout.vllm_sampler import Sampler
 
 EXIT_UNREPAIRABLE = 3
 
@@ -37,7 +37,7 @@ def main() -> int:
 
     with large_imports():
         from megatron_reheat.errors import ReheatError
-        from megatron_reheat.rollout.sampler import Sampler
+        from megatron_reheat.rollout.vllm_sampler import Sampler
         from megatron_reheat.rollout.wire import WorkerReady
 
     try:

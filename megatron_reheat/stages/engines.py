@@ -21,8 +21,8 @@ from megatron_reheat.parallel.seats import engine_seats
 from megatron_reheat.parallel.topology import Topology
 from megatron_reheat.ports import free_port
 from megatron_reheat.rollout.embedded import EmbeddedEngine
-from megatron_reheat.rollout.engine import RolloutEngine
 from megatron_reheat.rollout.gpus import visible_gpus
+from megatron_reheat.rollout.rollout_engine import RolloutEngine
 from megatron_reheat.rollout.server.fleet import ServerFleet, new_label
 from megatron_reheat.rollout.server.guard import own_token, server_token
 from megatron_reheat.rollout.server.process import ServerProcess, transfer_backend
