@@ -45,6 +45,7 @@ setup(
         "rich",
         "safetensors",
         "scikit-learn",
+        "scipy",
         "sympy",
         "torch",
         "transformers",

@@ -366,9 +366,10 @@ class ReheatConfig(Section):
 class ControllerConfig(Section):
     """When to leave RL, what to do about a collapse, and when to stop doing it."""
 
-    action: Literal["reheat", "rollout_temperature", "stop", "none"] = Field(
+    action: Literal["reheat", "flatten", "rollout_temperature", "stop", "none"] = Field(
         default="reheat",
-        description="on a collapse; rollout_temperature: sample hotter from then on; none: train on",
+        description="on a collapse; flatten: divide all logits by what makes the entropy reheat_to, at once; "
+        "rollout_temperature: sample hotter from then on; none: train on",
     )
     collapse_below: float = Field(default=0.08, gt=0, description="nats, smoothed token-mean entropy")
     reheat_to: float = Field(default=0.12, gt=0, description="nats")

@@ -30,7 +30,7 @@ from megatron_reheat.processes import die_with_parent
 from megatron_reheat.run_folder import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-ARMS = ("reheat", "control", "rollout_temperature")
+ARMS = ("reheat", "control", "flatten", "rollout_temperature")
 TABLE_WIDTH = 110
 
 

@@ -44,6 +44,9 @@ Evaluate = Callable[[int, MicroBatch, Tensor], tuple[Tensor, MetricSums]]
 NO_COLUMNS: Mapping[str, PerToken] = {}
 
 
+FINAL_NORM = "decoder.final_layernorm.weight"
+
+
 @dataclass(frozen=True)
 class UpdateResult:
     """Metrics of one optimizer step over all ranks, and whether the weights changed."""
@@ -187,6 +190,14 @@ class Engine:
     def restore(self, snapshot: Snapshot) -> None:
         """Puts master weights and weights back, to the bit; moments stay (see `master_weights`). A collective."""
         self.masters.put_back(snapshot)
+
+    def final_norm(self) -> Snapshot:
+        """Master weights of the norm before the head, where this rank holds any."""
+        return self.masters.copy_of(FINAL_NORM)
+
+    def set_final_norm(self, norm: Snapshot, scale: float) -> None:
+        """Makes them `scale` times what they were in `norm`, and with them every logit. A collective."""
+        self.masters.put_back({name: values * scale for name, values in norm.items()})
 
     def torch_optimizers(self) -> Iterator[torch.optim.Optimizer]:
         """The AdamW instances inside Megatron's optimizer."""

@@ -69,10 +69,18 @@ class MasterWeights:
         return into
 
     @torch.no_grad()
+    def copy_of(self, name: str) -> Snapshot:
+        """Of one parameter, where this rank holds some of its master weights."""
+        return {n: master.values.cpu().clone() for n, master in self._masters.items() if n == name}
+
+    @torch.no_grad()
     def put_back(self, snapshot: Snapshot) -> None:
-        """Both the master weights and what follows from them, as after the step that made them. A collective."""
-        for name, master in self._masters.items():
-            master.values.copy_(snapshot[name], non_blocking=True)
+        """Both the master weights and what follows from them, as after the step that made them. A collective.
+
+        Parameters that `snapshot` does not name stay as they are.
+        """
+        for name, values in snapshot.items():
+            self._masters[name].values.copy_(values, non_blocking=True)
         for optimizer in self._optimizers:
             if isinstance(optimizer, MixedPrecisionOptimizer) and not optimizer.is_stub_optimizer:
                 optimizer._copy_main_params_to_model_params()

@@ -2,6 +2,8 @@
 
     RL --(smoothed entropy < collapse_below)--> REHEAT --(entropy > reheat_to, or max_reheat_steps)--> RL
 
+`controller.action` may put something else in reheating's place.
+
 The useful window of reheating is narrow: a few steps too many and entropy runs away (arXiv 2606.00755, section 5). So the
 verdict on a reheating step falls after its rollouts are measured and before its update is applied.
 """
@@ -22,6 +24,7 @@ class Verdict(StrEnum):
     CONTINUE = "continue"
     ENTER_REHEAT = "enter_reheat"
     RAISE_TEMPERATURE = "raise_temperature"
+    FLATTEN = "flatten"
     STOP = "stop"
     TARGET_REACHED = "target_reached"
     STEP_CAP = "step_cap"
@@ -80,8 +83,9 @@ class Controller:
                 return Verdict.STOP
             case "rollout_temperature":
                 return Verdict.CONTINUE if state.temperature_raised else Verdict.RAISE_TEMPERATURE
-            case _:
-                return Verdict.ENTER_REHEAT if state.round < config.max_rounds else Verdict.CONTINUE
+            case action:
+                again = Verdict.FLATTEN if action == "flatten" else Verdict.ENTER_REHEAT
+                return again if state.round < config.max_rounds else Verdict.CONTINUE
 
     def judge_reheat(self, entropy: float) -> Verdict:
         """Called once per reheating step, before its update; only CONTINUE lets the update through."""
@@ -108,6 +112,10 @@ class Controller:
                 self._begin("rlvr")
                 self.state.cooling = True
                 self.state.round -= verdict is Verdict.NOT_COLLAPSED
+            case Verdict.FLATTEN:
+                self._begin("rlvr")
+                self.state.cooling = True
+                self.state.round += 1
             case Verdict.RAISE_TEMPERATURE:
                 self.state.temperature_raised = True
             case Verdict.STOP:
@@ -127,6 +135,8 @@ class Controller:
                     f"entropy {self.smoothed_entropy:.3f} < {c.collapse_below:g} nats: "
                     f"collapsed, sampling at temperature {c.rollout_temperature:g} from here on"
                 )
+            case Verdict.FLATTEN:
+                return f"entropy {self.smoothed_entropy:.3f} < {c.collapse_below:g} nats: collapsed, flattened"
             case Verdict.STOP:
                 return f"entropy {self.smoothed_entropy:.3f} < {c.collapse_below:g} nats: collapsed, stopping as asked"
             case Verdict.TARGET_REACHED:

@@ -16,7 +16,7 @@ from megatron_reheat.types import At, Group
 class StepOutcome:
     """`entropy` is the token mean over the step's rollouts in nats, None if there was nothing to measure it on.
 
-    `rolled_back` says that earlier weights were put back.
+    `rolled_back` says that earlier weights were put back. `sampled` are the groups of the first generation batch, all of them.
     """
 
     metrics: dict[str, float]
@@ -25,6 +25,7 @@ class StepOutcome:
     applied: bool
     finite: bool = True
     rolled_back: bool = False
+    sampled: Sequence[Group] = ()
 
 
 class Stage(Protocol):

@@ -89,7 +89,9 @@ class RLVRStage:
         if not np.isfinite(entropy.mean + scores.mean_entropy):
             return StepOutcome(collected.metrics | clock.metrics(), collected.shown, None, applied=False, finite=False)
         if not len(batch):
-            return StepOutcome(metrics | clock.metrics(), collected.shown, entropy.mean, applied=False)
+            return StepOutcome(
+                metrics | clock.metrics(), collected.shown, entropy.mean, applied=False, sampled=collected.first
+            )
         # of a batch that others sampled whole, the policy's own responses are the probes
         disagreement = self._check_mismatch(*((batch, measured) if measured.logprobs else (probes, probed)))
         with clock.phase("score"):
@@ -112,7 +114,8 @@ class RLVRStage:
             **clock.metrics(),
         }
         metrics["throughput/tokens_per_s"] = batch.num_tokens / metrics["time/step_s"]
-        return StepOutcome(metrics, collected.shown, entropy.mean, applied, all(u.finite for u in updates))
+        finite = all(u.finite for u in updates)
+        return StepOutcome(metrics, collected.shown, entropy.mean, applied, finite, sampled=collected.first)
 
     def _check_mismatch(self, batch: TrainBatch, measured: Scores) -> dict[str, float]:
         """How far engine and trainer disagree on what the policy sampled."""

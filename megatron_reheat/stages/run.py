@@ -35,6 +35,7 @@ from megatron_reheat.run_logger import RunLogger, StepRecord
 from megatron_reheat.stages.collect import Collector, StepAbandoned
 from megatron_reheat.stages.controller import Controller, ControllerState, Verdict
 from megatron_reheat.stages.engines import frozen_weights, start_frozen, start_sampler
+from megatron_reheat.stages.flatten import flatten
 from megatron_reheat.stages.held_out import evaluate
 from megatron_reheat.stages.inputs import Inputs, agree_on_date, read_inputs
 from megatron_reheat.stages.outcome import Stage, StepOutcome, derive_seed
@@ -196,7 +197,9 @@ class Run:
         ) as self.logger:
             self._announce_start(source)
             self._set_newer_aside()
-            if forked and self.controller.state.stage == "rlvr" and (text := self._follow(self.controller.judge_rl())):
+            # what is flattened is measured on responses of this run
+            judges = forked and self.controller.state.stage == "rlvr" and self.config.controller.action != "flatten"
+            if judges and (text := self._follow(self.controller.judge_rl())):
                 self.logger.log_event(text)
             if self.state.step == 0 and not self.config.sft.steps:
                 self._log(0, "rlvr", self._evaluate())
@@ -243,6 +246,13 @@ class Run:
                     self.reference.begin(keep=True)
         else:
             event = self._follow(verdict, outcome.entropy, rolled_back=outcome.rolled_back)
+            if verdict is Verdict.FLATTEN:
+                flattened = flatten(
+                    self.policy, outcome.sampled, config.controller.reheat_to, judged_tokens=config.judged_tokens
+                )
+                event = f"{event} at temperature {flattened.temperature:.3f}, which makes it {flattened.after:.3f} nats"
+                outcome.metrics["flatten/temperature"] = flattened.temperature
+                outcome.metrics["flatten/entropy"] = flattened.after
             border = verdict is not Verdict.CONTINUE
             self.state.rl_step += stage == "rlvr"
             self.state.entropy = self.state.entropy if outcome.entropy is None else outcome.entropy
@@ -292,7 +302,7 @@ class Run:
             entropy = self.controller.smoothed_entropy
         text = self.controller.explain(verdict, entropy, rolled_back=rolled_back)
         self.controller.carry_out(verdict)
-        if self.controller.state.stage != before:
+        if self.controller.state.stage != before or verdict is Verdict.FLATTEN:
             self.collector.forget_ahead()
             self.engine.reset_optimizer()
         return text

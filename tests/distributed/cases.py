@@ -428,6 +428,53 @@ def _updates(folder: Path, **layout: Any) -> dict[str, Any]:
         }
 
 
+def flattenings(folder: Path, layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The policy, its logits divided by 1.7 through the final norm's weight, and back; and flattened to a given entropy."""
+    return [_flattening(folder, **layout) for layout in layouts]
+
+
+def _flattening(folder: Path, **layout: Any) -> dict[str, Any]:
+    from types import SimpleNamespace
+
+    from megatron_reheat.losses.reheat import sft_loss
+    from megatron_reheat.stages.flatten import flatten
+    from megatron_reheat.types import Completion, Group, Prompt
+
+    temperature, batch = 1.7, random_batch(seed=8)
+    with running_engine(folder, **layout) as engine:
+        engine.update(batch, sft_loss, lr=1e-3, weight_decay=0.0)
+        start, norm = _state(engine), engine.final_norm()
+        hot, cold = engine.score(batch, temperature=temperature), engine.score(batch, temperature=1.0)
+        engine.set_final_norm(norm, 1 / temperature)
+        flat = engine.score(batch, temperature=1.0)
+        stepped = engine.update(batch, sft_loss, lr=1e-6, weight_decay=0.0).applied
+        still_flat = engine.score(batch, temperature=1.0)
+        engine.set_final_norm(norm, 1.0)
+        others = {n for n, p in _state(engine).items() if not torch.equal(p, start[n])}
+        prompts = [Prompt(i, "", tuple(s.token_ids[: s.num_prompt_tokens]), {}) for i, s in enumerate(batch.sequences)]
+        groups = [
+            Group(p, (Completion(s.token_ids[s.num_prompt_tokens :], s.rollout_logprobs, 1.0, 0, "stop"),))
+            for p, s in zip(prompts, batch.sequences, strict=True)
+        ]
+        versions: list[int] = []
+        policy: Any = SimpleNamespace(engine=engine, rest=lambda: None, version=4, publish=versions.append)
+        target = (cold.mean_entropy + flat.mean_entropy) / 2
+        flattened = flatten(policy, groups, target, judged_tokens=100)
+        after = engine.score(batch, temperature=1.0)
+        return {
+            "gap": max(np.abs(a - b).max() for a, b in zip(flat.logprobs, hot.logprobs, strict=True)),
+            "moved": max(np.abs(a - b).max() for a, b in zip(flat.logprobs, cold.logprobs, strict=True)),
+            "drift": max(np.abs(a - b).max() for a, b in zip(still_flat.logprobs, flat.logprobs, strict=True)),
+            "stepped": stepped,
+            "norm_is_back": not any("final_layernorm" in name for name in others),
+            "flattened": tuple(flattened),
+            "target": target,
+            "cold": cold.mean_entropy,
+            "entropy": after.mean_entropy,
+            "published": versions,
+        }
+
+
 def _masters(engine: Any) -> list[Tensor]:
     """What AdamW steps: this rank's float32 values."""
     return [p for o in engine.torch_optimizers() for g in o.param_groups for p in g["params"]]

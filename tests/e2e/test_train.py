@@ -167,3 +167,19 @@ def test_a_runaway_is_rolled_back_to_the_last_good_weights(trunk, arm):
     for name in ("eval/avg_at_k", "eval/pass_at_k", "eval/entropy"):
         assert arm[1][name] == collapsed[name]
     assert arm[1]["policy_version"] == collapsed["policy_version"] + 2
+
+
+def test_an_arm_that_is_flattened_goes_on_from_the_entropy_that_was_asked_for(whole, trunk):
+    config, folder, _ = whole
+    before = runs.steps_of(trunk)[-1]["entropy/mean"]
+    target = (before + 3.0) / 2  # ln 22 would be all characters alike
+    goal = [f"controller.collapse_below={0.99 * target}", f"controller.reheat_to={target}", "run.steps=4"]
+    output = runs.train(config, "run.name=flat", f"run.fork_from={trunk}", "controller.action=flatten", *goal)
+    first, second = runs.steps_of(folder.parent / "flat")
+    assert "collapsed, flattened at temperature" in first["event"] and first["event"] in " ".join(output.split())
+    assert 1 < first["flatten/temperature"] < 4 and first["flatten/entropy"] == pytest.approx(target, rel=0.006)
+    assert (first["stage"], second["stage"]) == ("rlvr", "rlvr") and first["entropy/mean"] < 0.95 * target
+    # of responses of its own, which are few here
+    assert second["entropy/mean"] == pytest.approx(target, rel=0.15)
+    assert second["policy_version"] == first["policy_version"] + 1 == runs.steps_of(trunk)[-1]["policy_version"] + 3
+    assert first["eval/entropy"] > 1.1 * runs.steps_of(trunk)[-1]["eval/entropy"]  # the border is evaluated
