@@ -342,6 +342,13 @@ def _add_convert(commands: Any) -> None:
     _add_checkpoint(command)
     command.add_argument("--shard-gb", type=float, default=4.0, help="largest size of a weights file")
     command.add_argument("--no-verify", action="store_true", help="do not compare logits; memory stays at one shard")
+    command.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="divide all logits by T: flatten (or sharpen) the policy",
+    )
     command.add_argument("--verify-vllm", action="store_true", help="compare vLLM's greedy samples too")
     command.set_defaults(run=_convert)
 
@@ -373,6 +380,7 @@ def _convert(parsed: argparse.Namespace) -> int:
             hf_source=parsed.hf_source,
             shard_gb=parsed.shard_gb,
             verify=not parsed.no_verify,
+            temperature=parsed.temperature,
             engine=engine,
         )
     )

@@ -46,6 +46,7 @@ def to_hf(
     hf_source: str | None = None,
     shard_gb: float = 4.0,
     verify: bool = True,
+    temperature: float = 1.0,
     engine: GreedySampler | None = None,
 ) -> str:
     """Writes `out` from a checkpoint, or from a run folder's latest or best; returns one sentence about it.
@@ -55,6 +56,7 @@ def to_hf(
 
     Args:
         hf_source: folder (or hub name) of configuration and tokenizer; by default the run's `model.hf_path`.
+        temperature: the model will sample at 1 as the checkpoint does at this: exact flattening (`stages.flatten`).
         engine: an inference engine whose greedy samples are compared too.
 
     Raises:
@@ -62,6 +64,8 @@ def to_hf(
     """
     if not 0 < shard_gb < math.inf:
         raise ConfigError(f"--shard-gb must be above 0 and finite, got {shard_gb:g}")
+    if not 0 < temperature < math.inf:
+        raise ConfigError(f"--temperature must be above 0 and finite, got {temperature:g}")
     _refuse_existing(out)
     run, checkpoint = _find_checkpoint(source, which)
     hf_folder = _find_hf_folder(run, hf_source)
@@ -69,14 +73,17 @@ def to_hf(
     if problem := verify_checkpoint(checkpoint):
         raise ReheatError(problem)
     state = read_state(checkpoint)
-    export = HFExport(checkpoint, hf_folder)
+    export = HFExport(checkpoint, hf_folder, temperature)
     check_vocabulary(tokenizer, export.hf.vocab_size)
     stops = stop_token_ids(export.hf, tokenizer, hf_folder, chat=_spoke_in_turns(run))
     with _written_aside(out) as partial:
         export.write(partial, shard_bytes=int(shard_gb * 1e9), stop_token_ids=stops)
         verified = "The weights were not verified (--no-verify)."
         if verify:
-            verified = _verify(checkpoint, hf_folder, partial, engine)
+            reference = megatron_reference(checkpoint, hf_folder, export.dtype, temperature)
+            verified = _verify(reference, partial, engine)
+        if temperature != 1.0:
+            verified += f" Its logits are the checkpoint's divided by {temperature:g}."
         card = model_card(
             run,
             state,
@@ -113,8 +120,7 @@ def from_hf(hf_path: str, out: Path) -> str:
     return f"{out}: checkpoint step-0 with the weights of {hf_folder} in {name}; start from it with run.fork_from={out}"
 
 
-def _verify(checkpoint: Path, hf_folder: Path, converted: Path, engine: GreedySampler | None) -> str:
-    reference = megatron_reference(checkpoint, hf_folder)
+def _verify(reference: Reference, converted: Path, engine: GreedySampler | None) -> str:
     gap = compare_with_transformers(converted, reference)
     text = (
         f"Verified: transformers' logits of {len(reference.prompts)} prompts equal Megatron's within {gap:.1e} "

@@ -28,6 +28,7 @@ from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.model.backend import choose_backend
 from megatron_reheat.model.checkpoint import install_checkpoint_fixes, load_weights, save_weights
 from megatron_reheat.model.checkpoint_reader import CheckpointReader
+from megatron_reheat.model.engine import FINAL_NORM
 from megatron_reheat.model.families import head_dim
 from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import (
@@ -65,13 +66,15 @@ class HFExport:
     Args:
         checkpoint: a verified `step-N` folder.
         hf_folder: where the configuration, generation configuration and tokenizer come from.
+        temperature: what the exported model's logits are the checkpoint's divided by.
 
     Raises:
         ConfigError: the checkpoint holds a model of another architecture or shape than `hf_folder`'s config.json.
     """
 
-    def __init__(self, checkpoint: Path, hf_folder: Path) -> None:
+    def __init__(self, checkpoint: Path, hf_folder: Path, temperature: float = 1.0) -> None:
         self.hf = read_hf_config(hf_folder)
+        self._temperature = temperature
         self._hf_folder = hf_folder
         self._reader = CheckpointReader(checkpoint)
         shapes = tensor_shapes(self.hf)
@@ -95,6 +98,8 @@ class HFExport:
         plan, layer = parameter.plan, parameter.layer
         if layer is not None:
             return self._reader.read(plan.name, layer, layer + 1)[0]
+        if plan.name == FINAL_NORM and self._temperature != 1.0:
+            return self._reader.read(plan.name, 0, plan.shape[0]) / self._temperature
         # the padding of the vocabulary is not read at all
         return self._reader.read(plan.name, 0, self.hf.vocab_size if plan.kind == "rows" else plan.shape[0])
 
@@ -177,12 +182,19 @@ class Reference:
 
 
 @torch.no_grad()
-def megatron_reference(checkpoint: Path, hf_folder: Path) -> Reference:
-    """Loads the checkpoint into a float32 Megatron model in this process and continues random prompts greedily."""
+def megatron_reference(
+    checkpoint: Path, hf_folder: Path, dtype: torch.dtype = torch.float32, temperature: float = 1.0
+) -> Reference:
+    """Loads the checkpoint into a float32 Megatron model in this process and continues random prompts greedily.
+
+    `dtype` is that of the export, to which the final norm's weight over `temperature` is rounded there.
+    """
     with _single_process(hf_folder, torch.float32) as (hf, config, topology):
         model = build_model(hf, config, topology, choose_backend(config.model.attention))
         load_weights(model, checkpoint)
         model.eval()
+        norm = dict(model.named_parameters())[FINAL_NORM]
+        norm.copy_(norm.to(dtype) / temperature)
         draw = torch.Generator().manual_seed(0)
         reference = Reference([], [], [])
         for length in PROMPT_LENGTHS:

@@ -134,6 +134,25 @@ def test_a_run_is_written_out_for_as_long_as_it_is_looked_at(run, hf_folder):
             assert found == (model, model)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_flattened_export_has_the_logits_over_the_temperature(hf_folder, tmp_path, dtype):
+    source = tmp_path / "source"
+    model = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=dtype)
+    model.save_pretrained(source)
+    for file in hf_folder.glob("*token*"):
+        shutil.copy(file, source)
+    from_hf(str(source), tmp_path / "run")
+    text = to_hf(tmp_path / "run", tmp_path / "out", temperature=1.7)
+    assert "equal Megatron's within" in text and text.endswith("Its logits are the checkpoint's divided by 1.7.")
+    tokens = torch.arange(3, 40)[None]
+    flat, old = (
+        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(tokens).logits for f in (tmp_path / "out", source)
+    )
+    assert (flat - old / 1.7).abs().max() <= (2e-2 if dtype == "bfloat16" else 1e-5) * old.abs().max()
+    with pytest.raises(ConfigError, match="--temperature must be above 0 and finite, got nan"):
+        to_hf(tmp_path / "run", tmp_path / "other", temperature=float("nan"))
+
+
 def test_the_best_is_taken_where_one_was_kept(run, tmp_path):
     with pytest.raises(ReheatError, match=r"holds no best checkpoint; let the run keep one \(checkpoint\.keep_best\)"):
         to_hf(run, tmp_path / "out", which="best", verify=False)
