@@ -22,6 +22,7 @@ from megatron_reheat.cluster.launch import end_with_launcher, is_launched, is_la
 from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError, RankLost, ReheatError, print_error
 from megatron_reheat.large_imports import large_imports
+from megatron_reheat.phases import announce, let_announce
 from megatron_reheat.recipe import load_config
 from megatron_reheat.run_folder import RunFolder
 from megatron_reheat.stop_request import (
@@ -289,6 +290,8 @@ def _train(parsed: argparse.Namespace) -> int:
     if world_size > 1 and not is_rank:
         force = ["--force"] if parsed.force else []
         arguments = ["train", str(parsed.config), *parsed.overrides, *force]
+        let_announce(config.logging.console)
+        announce(f"starting {world_size} ranks")
         return launch_here(world_size, arguments, RunFolder(config.run.path), config.run.stop_grace_s)
     return _run(config)
 
@@ -312,6 +315,8 @@ def _run(config: Config) -> int:
     grace_s = None if is_launched() else config.run.stop_grace_s
     stopped = partial(stopped_by, folder=RunFolder(config.run.path))
     StopWatch(stopped, finishing, grace_s, is_final=is_launchers_own).start()
+    let_announce(config.logging.console and os.environ.get("RANK", "0") == "0")
+    announce("importing torch, Megatron-Core and transformers")
     with large_imports():
         from megatron_reheat.stages.run import train
 

@@ -27,6 +27,7 @@ from megatron_reheat.model.engine import Engine
 from megatron_reheat.parallel import topology as parallel_topology
 from megatron_reheat.parallel.seats import engine_seats
 from megatron_reheat.parallel.topology import Topology
+from megatron_reheat.phases import announce
 from megatron_reheat.rewards.pool import VerifierPool
 from megatron_reheat.rewards.self_check import ReferenceCheck, check_references, try_functions
 from megatron_reheat.run_folder import RunFolder
@@ -77,6 +78,7 @@ def _is_main() -> bool:
 
 
 def _train(config: Config) -> bool:
+    announce("reading the model's folder and the data")
     inputs = read_inputs(config)
     if inputs.source is not None and (done := read_run_state(inputs.source).step) >= config.total_steps:
         _say_it_is_finished(config, done)
@@ -88,6 +90,7 @@ def _train(config: Config) -> bool:
             print(asked_to_stop(0 if inputs.source is None or inputs.forked else done), flush=True)
     else:
         inputs = agree_on_date(inputs, config, topology)
+        announce("starting vLLM and the graders, trying the data's references on these")
         with Helpers(config, topology, inputs) as helpers:
             # here, because the main rank has time for it while the engine starts
             references = helpers.check_references(inputs) if topology.is_main else None
@@ -157,6 +160,7 @@ class Run:
         install_checkpoint_fixes()
         self.config, self.topology, self.inputs = config, topology, inputs
         self.folder = RunFolder(config.run.path)
+        announce("building the model and loading its weights")
         self.engine = Engine(config, inputs.hf_folder, topology)
         self.method = inputs.method
         self._method_name = Path(config.rl.method).name  # a user's file may lie elsewhere when the run goes on
@@ -186,6 +190,7 @@ class Run:
 
     def go(self) -> bool:
         """Returns whether the run came to its end; False when it was asked to stop."""
+        announce("restoring, and the first weight sync as soon as vLLM is ready")
         source, forked = self._restore()
         total = self.config.total_steps
         with RunLogger(
@@ -202,6 +207,8 @@ class Run:
             if judges and (text := self._follow(self.controller.judge_rl())):
                 self.logger.log_event(text)
             if self.state.step == 0 and not self.config.sft.steps:
+                if self.inputs.eval_prompts is not None:
+                    announce(f"evaluating on {len(self.inputs.eval_prompts)} prompts before the first step")
                 self._log(0, "rlvr", self._evaluate())
             while self.state.step < total and not self.controller.state.stopped:
                 if self._should_stop():
