@@ -1,7 +1,8 @@
-"""One aligned line per step on the terminal; plain text without control codes when stdout is a file."""
+"""One aligned line per step, with the columns that the terminal has room for; all of them, without control codes, in a file."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -15,31 +16,44 @@ HEADER_EVERY = 25
 STEP_WIDTH = 12
 
 
+# not a metric: the seconds until the last step, if the steps go on as they did
+LEFT = "left"
+
+
 @dataclass(frozen=True)
 class Column:
+    """`rank` says which columns are left out first where the terminal is too narrow: those of the highest."""
+
     title: str
     width: int
     metric: str
     show: Callable[[float], str]
+    rank: int = 0
 
 
 def _seconds(value: float) -> str:
     return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
 COLUMNS = (
     Column("reward", 8, "reward/mean", "{:.3f}".format),
     Column("acc %", 7, "reward/accuracy", lambda x: f"{100 * x:.1f}"),
     Column("entropy", 9, "entropy/mean", "{:.3f}".format),
-    Column("KL", 9, "reheat/kl", "{:.1e}".format),
-    Column("mismatch", 10, "rollout/mismatch_kl", "{:.1e}".format),
-    Column("tokens/s", 10, "throughput/tokens_per_s", "{:,.0f}".format),
+    Column("KL", 9, "reheat/kl", "{:.1e}".format, 1),
+    Column("mismatch", 10, "rollout/mismatch_kl", "{:.1e}".format, 2),
+    Column("tokens/s", 10, "throughput/tokens_per_s", "{:,.0f}".format, 3),
     Column("sec", 8, "time/step_s", _seconds),
-    Column("rollout", 9, "time/rollout_s", _seconds),
-    Column("grade", 7, "time/reward_s", _seconds),
-    Column("score", 7, "time/score_s", _seconds),
-    Column("update", 8, "time/update_s", _seconds),
-    Column("sync", 7, "time/sync_s", _seconds),
+    Column("rollout", 9, "time/rollout_s", _seconds, 4),
+    Column("grade", 7, "time/reward_s", _seconds, 5),
+    Column("score", 7, "time/score_s", _seconds, 5),
+    Column("update", 8, "time/update_s", _seconds, 4),
+    Column("sync", 7, "time/sync_s", _seconds, 5),
+    Column("left", 8, LEFT, _duration),
 )
 EVAL_COLUMNS = (("avg@{k}", "eval/avg_at_k"), ("pass@{k}", "eval/pass_at_k"), ("entropy", "eval/entropy"))
 
@@ -51,15 +65,17 @@ class StepConsole:
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._total_steps = total_steps
         self._num_eval_samples = num_eval_samples
+        self._columns = COLUMNS if not self._console.is_terminal else fitting(self._console.width)
         self._lines = 0
+        self._first: tuple[int, float] | None = None  # RL or reheating step, and when it was done
 
     def step(self, step: int, stage: StageName, metrics: Mapping[str, float]) -> None:
         """Metrics that are missing or not finite are absent from `metrics` and shown as a dash."""
         if any(column.metric in metrics for column in COLUMNS):
             if self._lines % HEADER_EVERY == 0:
-                self._print(_header())
+                self._print(self._header())
             self._lines += 1
-            self._print(self._row(step, stage, metrics))
+            self._print(self._row(step, stage, {**metrics, **self._time_left(step, stage)}))
         if any(name in metrics for _, name in EVAL_COLUMNS):
             self._print(self._eval_row(step, metrics))
 
@@ -68,7 +84,7 @@ class StepConsole:
 
     def _row(self, step: int, stage: StageName, metrics: Mapping[str, float]) -> Text:
         row = self._begin(stage, STAGE_STYLES[stage], step)
-        for column in COLUMNS:
+        for column in self._columns:
             value = metrics.get(column.metric)
             cell = "-" if value is None else column.show(value)
             row.append(cell.rjust(column.width), style="dim" if value is None else "")
@@ -84,10 +100,28 @@ class StepConsole:
     def _begin(self, label: str, style: str, step: int) -> Text:
         return Text().append(f"{label:<6}", style=style).append(f"{step}/{self._total_steps}".rjust(STEP_WIDTH))
 
+    def _header(self) -> Text:
+        titles = "".join(column.title.rjust(column.width) for column in self._columns)
+        return Text(f"{'stage':<6}{'step'.rjust(STEP_WIDTH)}{titles}", style="bold")
+
+    def _time_left(self, step: int, stage: StageName) -> dict[str, float]:
+        """Nothing in the warm start, whose steps tell nothing of the others', and at the first step after it."""
+        if stage == "sft":
+            return {}
+        now = time.monotonic()
+        if self._first is None:
+            self._first = step, now
+        first, since = self._first
+        return {LEFT: (now - since) / (step - first) * (self._total_steps - step)} if step > first else {}
+
     def _print(self, text: Text) -> None:
         self._console.print(text, soft_wrap=True, highlight=False)
 
 
-def _header() -> Text:
-    titles = "".join(column.title.rjust(column.width) for column in COLUMNS)
-    return Text(f"{'stage':<6}{'step'.rjust(STEP_WIDTH)}{titles}", style="bold")
+def fitting(width: int) -> tuple[Column, ...]:
+    """The columns of one line of a terminal that is so wide; the most important ones at least."""
+    for highest in range(max(c.rank for c in COLUMNS), 0, -1):
+        chosen = tuple(c for c in COLUMNS if c.rank <= highest)
+        if len("stage ") + STEP_WIDTH + sum(c.width for c in chosen) <= width:
+            return chosen
+    return tuple(c for c in COLUMNS if c.rank == 0)
