@@ -46,14 +46,14 @@ COLUMNS = (
     Column("entropy", 9, "entropy/mean", "{:.3f}".format),
     Column("KL", 9, "reheat/kl", "{:.1e}".format, 1),
     Column("mismatch", 10, "rollout/mismatch_kl", "{:.1e}".format, 2),
-    Column("tokens/s", 10, "throughput/tokens_per_s", "{:,.0f}".format, 3),
-    Column("sec", 8, "time/step_s", _seconds),
-    Column("rollout", 9, "time/rollout_s", _seconds, 4),
-    Column("grade", 7, "time/reward_s", _seconds, 5),
-    Column("score", 7, "time/score_s", _seconds, 5),
-    Column("update", 8, "time/update_s", _seconds, 4),
-    Column("sync", 7, "time/sync_s", _seconds, 5),
-    Column("left", 8, LEFT, _duration),
+    Column("tokens/s", 9, "throughput/tokens_per_s", "{:,.0f}".format, 3),
+    Column("sec", 7, "time/step_s", _seconds),
+    Column("rollout", 8, "time/rollout_s", _seconds, 4),
+    Column("grade", 6, "time/reward_s", _seconds, 5),
+    Column("score", 6, "time/score_s", _seconds, 5),
+    Column("update", 7, "time/update_s", _seconds, 4),
+    Column("sync", 6, "time/sync_s", _seconds, 5),
+    Column("left", 7, LEFT, _duration),
 )
 EVAL_COLUMNS = (("avg@{k}", "eval/avg_at_k"), ("pass@{k}", "eval/pass_at_k"), ("entropy", "eval/entropy"))
 

@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,6 +116,7 @@ class RunLogger:
             "policy_version": record.policy_version,
             **dict.fromkeys(values),
             **finite,
+            "time/unix_s": round(time.time(), 3),  # when, for whoever lays other logs beside this one
         }
         if record.event is not None:
             line["event"] = record.event

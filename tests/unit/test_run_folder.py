@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def test_one_line_per_step_with_identity_first(tmp_path: Path) -> None:
         assert len(run.metrics.read_text().splitlines()) == 2  # flushed before close
         logger.log_event("entropy 0.078 < 0.08 nats: entering reheat round 1")
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert abs(lines[0].pop("time/unix_s") - time.time()) < 60
     assert lines[0] == {"step": 1, "stage": "rlvr", "round": 0, "policy_version": 1, **METRICS}
     assert list(lines[0])[:4] == ["step", "stage", "round", "policy_version"]
     assert lines[1]["stage"] == "reheat" and lines[1]["policy_version"] == 9 and lines[1]["event"] == "reheated"
