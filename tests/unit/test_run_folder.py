@@ -293,9 +293,9 @@ def test_console_is_aligned_plain_and_fits(tmp_path: Path) -> None:
     table = [line for line in lines if line.startswith(("stage", "rlvr", "reheat"))]
     assert {len(line) for line in table} == {len(table[0])} and len(table[0]) <= 120
     words = [" ".join(line.split()) for line in lines]
-    assert words[1] == "rlvr 1/20000 0.500 25.0 0.079 - - - 12.0 - - - - -"
+    assert words[1] == "rlvr 1/20000 0.500 25.0 0.079 - - - 12.0 - - - - - -"
     row = "reheat 12345/20000 0.500 25.0 0.079 3.1e-03 1.2e-03 123,456" + " 1234" * len(parts)  # whole seconds
-    assert row in words
+    assert any(line.startswith(row) for line in words)
     assert words[-2] == "eval 12346/20000 avg@4 0.500 pass@4 0.750 entropy 0.100"
     assert lines[-1] == "--- entropy [0.078] < 0.08 nats: entering reheat round 1"  # not read as markup
 
