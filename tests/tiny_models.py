@@ -44,7 +44,9 @@ def save_tiny_model(family: str, folder: Path, *, vocab_size: int = VOCAB_SIZE, 
     if family == "llama":
         model = LlamaForCausalLM(LlamaConfig(**shared, tie_word_embeddings=False, rope_theta=500000.0))
     elif family == "mistral":
-        model = MistralForCausalLM(MistralConfig(**shared, head_dim=16, sliding_window=None, tie_word_embeddings=False))
+        model = MistralForCausalLM(
+            MistralConfig(**{"head_dim": 16, **shared}, sliding_window=None, tie_word_embeddings=False)
+        )
     elif family == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**shared, tie_word_embeddings=True))
     else:

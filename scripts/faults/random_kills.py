@@ -50,7 +50,8 @@ SHARES = {"one process": 2, "tensor 2": 1, "data 2": 1}
 VICTIMS = {1: ("everything", "trainer"), 2: ("everything", "launcher", "rank 0", "rank 1")}
 IN_START = 0.4
 KILLS_OF_A_RUN = 6
-GONE_WITHIN_S = 10.0
+# the launcher lets the other ranks of one that died 30 s before it kills them: time to leave an import or a collective
+GONE_WITHIN_S = 35.0
 SHARED_MEMORY = Path("/dev/shm")
 # what a killed process may leave for good: its own log, and lines that are set aside
 BESIDE = ("logs", "tensorboard", "metrics.discarded.jsonl")

@@ -40,7 +40,11 @@ class Pushed(PushedModel):
 # the rig of test_rollout_engine.py has the others
 @pytest.mark.parametrize("family", sorted(ROPE))
 def test_an_engine_samples_what_transformers_would(family: str, tmp_path: Path) -> None:
-    folder = save_tiny_model(family, tmp_path / "model", rope_parameters={**ROPE[family], "rope_theta": 5000.5})
+    heads = {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    if family == "qwen2":  # which has no head_dim of its own
+        heads = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    rope = {**ROPE[family], "rope_theta": 5000.5}
+    folder = save_tiny_model(family, tmp_path / "model", rope_parameters=rope, **heads)
     assert AutoConfig.from_pretrained(folder).rope_parameters["rope_type"] == ROPE[family]["rope_type"]
     read_model_folder(folder)
     engine = EmbeddedEngine(str(folder), CONFIG, dtype="float32", log_file=tmp_path / "engine.log")

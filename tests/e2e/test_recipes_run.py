@@ -195,11 +195,13 @@ def test_the_recipe_with_servers_of_its_own(root):
 
 
 def test_every_gpu_recipe_is_one_of_these_or_a_change_of_sizes():
-    """What a further recipe sets differently must be a size, or something that a run above executes."""
+    """What a further recipe sets differently must be a size, a place, or something that a run above executes."""
     sizes = {
-        "run": {"name", "folder", "steps"}, "model": {"hf_path"}, "parallel": {"data"}, "rollout": {"gpu_memory_utilization"},
-        "data": {"size"}, "reheat": {"prompts_per_step", "direction"}, "controller": {"action", "rollout_temperature"},
-        "rl": {"prompts_per_step"}, "eval": {"every"}, "checkpoint": {"every"},
+        "run": {"name", "folder", "steps"}, "model": {"hf_path", "head_chunk_tokens"},
+        "parallel": {"data", "microbatch_tokens"}, "rollout": {"gpu_memory_utilization", "max_tokens"},
+        "data": {"size", "name", "options", "prompt_key", "answer_key", "max_prompt_tokens"}, "reward": {"workers"},
+        "reheat": {"prompts_per_step", "direction", "max_tokens"}, "controller": {"action", "rollout_temperature"},
+        "rl": {"prompts_per_step", "overlong_buffer"}, "eval": {"every", "data", "max_tokens"}, "checkpoint": {"every"},
     }  # fmt: skip
     executed = {"qwen3_4b_ts_opsd.yaml", "qwen3_8b_ts_opsd.yaml", "qwen3_4b_servers.yaml"}
     others = [path for path in sorted(YAML.glob("qwen3_*.yaml")) if path.name not in executed]
@@ -207,5 +209,7 @@ def test_every_gpu_recipe_is_one_of_these_or_a_change_of_sizes():
     for path in others:
         own = yaml.safe_load(path.read_text())
         own.pop("base")
+        if held_out := own.get("eval", {}).get("data"):
+            assert set(held_out) <= sizes["data"], path.name
         for section, values in own.items():
             assert set(values) <= sizes.get(section, set()), (path.name, section)
