@@ -12,10 +12,13 @@ _FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "yaml")
 
 def find_recipe(path: Path) -> Path:
     """`path` itself if there is such a file, else the recipe of that name (`ts_opsd`, `methods/rlrt`) if there is one."""
-    if path.exists() or path.is_absolute():
-        return path
     name = str(path).removesuffix(".yaml")
-    return next((recipe for folder in _FOLDERS if (recipe := folder / f"{name}.yaml").is_file()), path)
+    try:
+        if path.exists() or path.is_absolute():
+            return path
+        return next((recipe for folder in _FOLDERS if (recipe := folder / f"{name}.yaml").is_file()), path)
+    except (OSError, ValueError):  # no file can have that name, as whoever reads it will say
+        return path
 
 
 def similar(path: Path) -> list[str]:

@@ -117,7 +117,7 @@ def _configs() -> Iterator[Case]:
         "rope_theta inf": {"rope_parameters": {"rope_type": "default", "rope_theta": float("inf")}},
         "rope a list": {"rope_parameters": [1]},
         "rope as text": {"rope_parameters": "default"},
-        "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+        "dynamic rope": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
         "initializer NaN": {"initializer_range": float("nan")},
         "initializer -1": {"initializer_range": -1.0},
         "initializer as text": {"initializer_range": "x"},

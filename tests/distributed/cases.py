@@ -797,7 +797,7 @@ def converted_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
         with outside_any_job():
             for run in runs:
                 to_hf(run["start"], run["round_trip"], verify=False)
-                messages.append(to_hf(run["run"], run["out"], shard_gb=1e-4))
+                messages.append(to_hf(run["run"], run["out"], shard_gb=6e-5))
     return {"started_exact": exact, "messages": messages}
 
 

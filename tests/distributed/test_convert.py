@@ -87,7 +87,8 @@ def test_the_folder_is_complete(runs, name):
     dtype = runs[name]["layout"].get("dtype", "float32")
     assert json.loads((out / "config.json").read_text())["dtype"] == dtype
     assert (out / "generation_config.json").is_file()
-    assert len(AutoTokenizer.from_pretrained(out)) == len(make_tokenizer())
+    # not the tokenizer that was saved: transformers' class for Qwen2 adds a token to it
+    assert len(AutoTokenizer.from_pretrained(out)) == len(AutoTokenizer.from_pretrained(runs[name]["folder"]))
     assert not list(out.parent.glob(".*.partial"))
     card = (out / "README.md").read_text()
     assert "step 1" in card and "Verified" in card and dtype in card

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ ALTERNATING = (
         ("{% for m in messages %}{{ m.content }}", "Unexpected end of template"),
         ("{{ messages[0].content + 1 }}", "can only concatenate str"),
         ("{{ 1 / 0 }}", "division by zero"),
-        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "recursion"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "recursion|does not end within"),
         ("{{ messages.append(1) }}", "unsafe"),
     ],
 )  # fmt: skip
@@ -197,7 +198,7 @@ def test_a_template_that_fails_is_one_sentence(template: str, reason: str, tmp_p
         load_prompts(config, tokenizer)
     start = f"data.template chat: the chat template of models/mine does not render record 0 of {path} (line 1) (roles: "
     assert str(caught.value).startswith(start + "system, user): ") and "\n" not in str(caught.value)
-    assert reason in str(caught.value)
+    assert re.search(reason, str(caught.value))
 
 
 @pytest.mark.parametrize("templates", [None, "", {}])

@@ -231,7 +231,7 @@ def test_the_trainer_side_imports_no_verifier() -> None:
 
 def test_workers_do_not_inherit_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "secret")
-    assert "secret" not in _worker_environment().values()
+    assert "secret" not in _worker_environment(confined=True).values()
 
 
 def test_of_a_math_response_the_box_counts_and_a_grader_that_raises_is_counted() -> None:
