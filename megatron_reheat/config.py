@@ -152,6 +152,9 @@ class DataConfig(Section):
         return self
 
 
+Weight = Annotated[float, Field(ge=-MAX_REWARD, le=MAX_REWARD)]
+
+
 class RewardConfig(Section):
     """Verification in worker processes that are killed on timeout."""
 
@@ -160,7 +163,7 @@ class RewardConfig(Section):
         description="math: boxed answers compared as mathematics; reasoning_gym: the task's own scorer; function: your own",
     )
     function: Annotated[
-        Mapping[str, float] | None,
+        Mapping[str, Weight] | None,
         BeforeValidator(weighted_functions, json_schema_input_type=str | dict[str, float] | None),
     ] = Field(
         default=None,

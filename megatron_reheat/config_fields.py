@@ -25,6 +25,8 @@ MAX_SHOWN = 80  # characters of a wrong value in an error
 # A number beyond these is a slip of the keyboard: counts go into 64-bit counters, floats into float32 where they are multiplied
 MAX_NUMBER = {int: 2**32, float: 1e30}
 MAX_REWARD = 1e6  # a group's deviation squares it
+# what every run logs as reward/NAME (`stages.collect.rollout_metrics`), which a function's values must not hide
+LOGGED_REWARDS = frozenset(("mean", "accuracy", "timeouts", "uniform_group_fraction"))
 MAX_FUNCTIONS = 8  # of reward.function; a grader's reply has a fixed size
 MAX_PROCESSES = 4096  # ranks along a dimension, servers, graders, threads
 MAX_PROMPTS = 2**20  # of one step, all of which are in memory together
@@ -143,6 +145,10 @@ def weighted_functions(functions: Any) -> Any:
     names = [str(function).rpartition(":")[2] for function in functions]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two functions are called {min(twice)}, under which their values are logged; rename one")
+    if hidden := LOGGED_REWARDS.intersection(names):
+        raise ValueError(
+            f"a function called {min(hidden)} would be logged as reward/{min(hidden)}, which is taken; rename it"
+        )
     if len(functions) > MAX_FUNCTIONS:
         raise ValueError(f"at most {MAX_FUNCTIONS} functions; let one of them call the others")
     return {absolute_file(str(function)): weight for function, weight in functions.items()}

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# one number or several with + - * / between them: nothing else is evaluated
-EXPRESSION = re.compile(r"\d{1,6}(?: ?[-+*/] ?\d{1,6})*")
+# numbers, brackets and + - * /, but no ** or //: nothing else is evaluated
+EXPRESSION = re.compile(r"(?!.*(?:\*\*|//|\d{7}))[-+*/() \d]{1,64}")
 
 
 def closeness(response: str, record: dict[str, Any]) -> tuple[float, bool]:
@@ -22,7 +22,9 @@ def closeness(response: str, record: dict[str, Any]) -> tuple[float, bool]:
         return 0.0, False
     try:
         value = eval(expression)
-    except (ZeroDivisionError, SyntaxError):  # 007 is no number in Python
+    except (ArithmeticError, SyntaxError, TypeError):  # 007 is no number in Python, and 3(8) calls one
+        return 0.0, False
+    if not isinstance(value, int | float):  # ()
         return 0.0, False
     off = abs(value - metadata["target"]) / max(1, abs(metadata["target"]))
     return 1.0 / (1.0 + off), off == 0

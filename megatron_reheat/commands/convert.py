@@ -162,7 +162,8 @@ def as_hf_folder(model: str, which: Which, hf_source: str | None) -> Iterator[tu
         ReheatError: there is no such checkpoint, or it cannot be written out.
     """
     path = Path(model)
-    if not RunFolder(path).checkpoints.is_dir() and checkpoint_step(path) is None:
+    is_hf_folder = checkpoint_step(path) is None or (path / "config.json").exists()
+    if not RunFolder(path).checkpoints.is_dir() and is_hf_folder:
         yield model, model
         return
     run, checkpoint = _find_checkpoint(path, which)

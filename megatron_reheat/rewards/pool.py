@@ -26,11 +26,10 @@ from types import TracebackType
 from typing import Any
 
 from megatron_reheat.config import RewardConfig
-from megatron_reheat.config_fields import MAX_REWARD
 from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.processes import helper_environment
 from megatron_reheat.rewards.boxes import graded_part
-from megatron_reheat.rewards.functions import short_name
+from megatron_reheat.rewards.functions import MAX_VALUE, short_name
 from megatron_reheat.rewards.protocol import (
     CHUNK,
     CORRECT,
@@ -202,7 +201,7 @@ class VerifierPool:
             return Reward(config.correct if correct else config.incorrect, correct, verdict in (TIMED_OUT, DIED))
         weights = config.function
         parts = struct.unpack_from(f"!{len(weights)}d", values)
-        if not all(abs(part) <= MAX_REWARD for part in parts):
+        if not all(abs(part) <= MAX_VALUE for part in parts):
             return None
         total = math.fsum(w * part for w, part in zip(weights.values(), parts, strict=True))
         return Reward(total, correct, parts=dict(zip(map(short_name, weights), parts, strict=True)))

@@ -129,7 +129,8 @@ def test_a_run_is_written_out_for_as_long_as_it_is_looked_at(run, hf_folder):
     assert not Path(folder).exists() and not list(run.glob(".hf-*"))
     with as_hf_folder(str(run / "checkpoints" / "step-30"), "best", None) as (name, folder):
         assert name.endswith("step-30") and Path(folder).exists()
-    for model in (str(hf_folder), "Qwen/Qwen3-4B"):
+    called_like_one = shutil.copytree(hf_folder, run.parent / "step-7")
+    for model in (str(hf_folder), "Qwen/Qwen3-4B", str(called_like_one)):
         with as_hf_folder(model, "latest", None) as found:
             assert found == (model, model)
 

@@ -16,13 +16,14 @@ import pytest
 from examples.own_reward import judge
 from examples.own_reward.rewards import brevity, closeness
 from megatron_reheat.config import RewardConfig
-from megatron_reheat.config_fields import MAX_FUNCTIONS
+from megatron_reheat.config_fields import LOGGED_REWARDS, MAX_FUNCTIONS, MAX_REWARD
 from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.recipe import load_config
-from megatron_reheat.rewards.functions import check_functions
+from megatron_reheat.rewards.functions import MAX_VALUE, check_functions
 from megatron_reheat.rewards.pool import VerifierPool
 from megatron_reheat.rewards.protocol import MAX_VALUES, REPLY
 from megatron_reheat.rewards.self_check import try_functions
+from megatron_reheat.stages.collect import rollout_metrics
 from megatron_reheat.types import Completion, Group, Prompt, Reward
 
 FUNCTIONS = """
@@ -121,6 +122,11 @@ def test_naming_a_function_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"function": "a.py:1f"}, "'a.py:1f' is not path/to/file.py:name"),
         ({"function": {"a.py:f": 1, "b:f": 1}}, "reward.function: two functions are called f"),
         ({"function": {f"a.py:f{i}": 1 for i in range(9)}}, "reward.function: at most 8 functions"),
+        (
+            {"function": "a.py:accuracy"},
+            "reward.function: a function called accuracy would be logged as reward/accuracy",
+        ),
+        ({"function": {"a.py:f": 1e9}}, "reward.function.*f: .*less than or equal to 1000000"),
         ({"function": {"a.py:f": "much"}}, "reward.function.*f: .*number"),
         ({"function": []}, "reward.function"),
         ({"function": "a.py:f", "correct_at": 1e7}, "reward.correct_at"),
@@ -286,11 +292,22 @@ def test_a_group_is_uniform_when_its_rewards_are() -> None:
     assert group(0.5, 0.5).is_uniform and not group(0.5, 0.25).is_uniform
 
 
+def test_no_function_can_hide_what_every_run_logs() -> None:
+    completion = Completion(np.array([1], np.int32), np.zeros(1, np.float32), 1.0, 0, "stop")
+    group = Group(Prompt(0, "", (1,), {}), (completion,), (Reward(1.0, correct=True),))
+    logged = {name.partition("/")[2] for name in rollout_metrics([group]) if name.startswith("reward/")}
+    assert logged == LOGGED_REWARDS and MAX_VALUE == MAX_REWARD
+
+
 def test_the_example_gives_credit_for_coming_close() -> None:
     record = {"metadata": {"numbers": [3, 8, 1], "target": 24}}
     assert closeness("3*8*1", record) == (1.0, True)
+    for right in ("(3*8*1)", "8*(1*3)"):
+        assert closeness(right, record) == (1.0, True)
+    for no_number in ("3(8)*1", "()", "3(8)(1)", "(" * 40):
+        assert closeness(no_number, record) == (0.0, False)
     assert closeness(" 3*8+1 \n", record) == (pytest.approx(24 / 25), False)
-    for useless in ("", "24", "3*8", "3**8*1", "3*8/0", "(3*8*1)", "3*8*1 or 7", "__import__('os')"):
+    for useless in ("", "24", "3*8", "3**8*1", "3*8/0", "3*8*1 or 7", "__import__('os')"):
         assert closeness(useless, record) == (0.0, False)
     assert (brevity("", {}), brevity("x" * 16, {}), brevity("x" * 99, {})) == (1.0, 0.75, 0.0)
 
