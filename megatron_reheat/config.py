@@ -25,7 +25,9 @@ from megatron_reheat.config_fields import (
     MAX_SAMPLES,
     MAX_SEED,
     MAX_WAIT_S,
+    NO_NULL,
     FullDtypeName,
+    Name,
     Options,
     PathText,
     Section,
@@ -34,6 +36,8 @@ from megatron_reheat.config_fields import (
     absolute_file,
     check_temperature,
     checked_path,
+    eval_metric,
+    inherited,
     weighted_functions,
 )
 from megatron_reheat.errors import ConfigError
@@ -88,12 +92,14 @@ class ParallelConfig(Section):
     )
 
 
-class DataConfig(Section):
-    """Where prompts come from and how they become text.
+# of all parts of a mix alike: a batch has one kind of prompt, of one longest length, in one order
+OF_THE_WHOLE_MIX = ("template", "max_prompt_tokens", "max_hinted_prompt_tokens", "shuffle")
+# what data sets that share a section's other keys do not share
+PLACE = ("name", "path", "split", "options", "size", "seed")
 
-    `template: raw` fills `raw_template` with the record's fields; `chat` goes through the tokenizer's chat template, with
-    the text or the list of messages (`role`, `content`) under `prompt_key`. Keys may be dotted: `reward_model.ground_truth`.
-    """
+
+class DataConfig(Section):
+    """One data set."""
 
     source: Literal["files", "reasoning_gym", "datasets", "jsonl"] = Field(
         default="files",
@@ -143,13 +149,70 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> DataConfig:
+        self._check_source()
+        return self
+
+    def _check_source(self) -> None:
         if self.source == "reasoning_gym" and not self.name:
             raise ValueError("source reasoning_gym needs `name`, the task (e.g. countdown)")
         if self.source in ("files", "jsonl") and not self.path:
             raise ValueError(f"source {self.source} needs `path`: a .jsonl, .json, .csv or .parquet file, or several")
         if self.source == "datasets" and not (self.name or self.path):
             raise ValueError("source datasets needs `name` (hub) or `path` (files or a folder)")
+
+
+class DataPart(DataConfig):
+    """One of the data sets of a mix, with the keys of `data`; one that is left out is as in `data`."""
+
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="share of the prompts, relative to the other parts'; empty in all: each as many as it has",
+    )
+
+
+class TrainDataConfig(DataConfig):
+    """Where prompts come from and how they become text.
+
+    `template: raw` fills `raw_template` with the record's fields; `chat` goes through the tokenizer's chat template, with
+    the text or the list of messages (`role`, `content`) under `prompt_key`. Keys may be dotted: `reward_model.ground_truth`.
+
+    An epoch of a `mix` draws as many prompts as there are, each part's share of them by its weight; a part goes on in the next
+    epoch where it stopped.
+    """
+
+    mix: Annotated[dict[Name, DataPart], NO_NULL] = Field(
+        default_factory=dict,
+        description="several data sets, by names of yours, under which their accuracy is logged: each with the keys of `data`, "
+        "which hold for all where a part does not give them, and a `weight`",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parts_inherit(cls, section: Any) -> Any:
+        return inherited(section, section, "mix")
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> TrainDataConfig:
+        for name, part in self.mix.items():
+            if differs := [key for key in OF_THE_WHOLE_MIX if getattr(part, key) != getattr(self, key)]:
+                raise ValueError(f"mix.{name}.{differs[0]}: is the same for all parts; set it in data, outside the mix")
+        weighted = {name: part.weight is not None for name, part in self.mix.items()}
+        if len(set(weighted.values())) > 1:
+            missing = next(name for name, has in weighted.items() if not has)
+            raise ValueError(f"mix.{missing}: has no weight, and others have; give each part one, or none")
         return self
+
+    def _check_source(self) -> None:
+        if not self.mix:
+            super()._check_source()
+        elif self.path or self.name:
+            raise ValueError("`path` and `name` beside `mix` would not be read; move them into one of its parts")
+
+    @property
+    def parts(self) -> Mapping[str, DataConfig]:
+        """The data sets by their names in the mix; where there is none, `data` itself under no name."""
+        return self.mix or {"": self}
 
 
 Weight = Annotated[float, Field(ge=-MAX_REWARD, le=MAX_REWARD)]
@@ -421,8 +484,10 @@ class OptimizerConfig(Section):
 class CheckpointConfig(Section):
     every: int = Field(default=50, ge=0, description="steps; 0 saves only at the end")
     keep: int = Field(default=2, gt=0, description="most recent checkpoints that stay on disk")
-    keep_best: Literal["eval/avg_at_k", "eval/pass_at_k"] | None = Field(
-        default=None, description="also keep the checkpoint of the best evaluation by this metric, as checkpoints/best"
+    keep_best: Annotated[str, AfterValidator(eval_metric)] | None = Field(
+        default=None,
+        description="also keep the checkpoint of the best evaluation, as checkpoints/best: by eval/avg_at_k or eval/pass_at_k "
+        "of eval.data, or eval/NAME/avg_at_k or eval/NAME/pass_at_k of a suite",
     )
 
 
@@ -433,11 +498,24 @@ class LoggingConfig(Section):
     rollouts_per_step: int = Field(default=2, ge=0, description="groups written to rollouts/ each step")
 
 
+class EvalSuite(DataConfig):
+    """Held-out prompts with a name; a key that is left out is as in `eval.data`, but for where the prompts are."""
+
+    num_samples: int | None = Field(
+        default=None, gt=0, le=MAX_SAMPLES, description="of each prompt (k); empty: eval.num_samples"
+    )
+
+
 class EvalConfig(Section):
     """avg@k and pass@k on held-out prompts, sampled by the run's own engines."""
 
     data: DataConfig | None = Field(
         default=None, description="held-out prompts, with the keys of `data`; empty: no evaluation"
+    )
+    suites: Annotated[dict[Name, EvalSuite], NO_NULL] = Field(
+        default_factory=dict,
+        description="more held-out prompts by names of yours, logged as eval/NAME/...: each with the keys of `data` and its "
+        "own num_samples; a key that is left out is as in eval.data, but for where the prompts are",
     )
     every: int = Field(default=0, ge=0, description="RL steps between evaluations; 0 evaluates at stage borders only")
     num_samples: int = Field(default=8, gt=0, le=MAX_SAMPLES, description="of each prompt (k)")
@@ -446,6 +524,22 @@ class EvalConfig(Section):
         default=0.7, gt=0, le=1, description="nucleus of the evaluation's sampling; the paper's protocol is 0.7"
     )
     max_tokens: int = Field(default=8192, gt=0, description="longest response, tokens")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suites_inherit(cls, section: Any) -> Any:
+        given = section.get("data") if isinstance(section, Mapping) else None
+        return inherited(section, given, "suites", without=PLACE)
+
+    @property
+    def sets(self) -> dict[str, DataConfig]:
+        """What is evaluated on, by its name in metrics: `eval.data` under no name, then the suites."""
+        return {**({} if self.data is None else {"": self.data}), **self.suites}
+
+    def samples_of(self, name: str) -> int:
+        """k of one of the `sets`."""
+        suite = self.suites.get(name)
+        return self.num_samples if suite is None or suite.num_samples is None else suite.num_samples
 
     @field_validator("temperature")
     @classmethod
@@ -497,7 +591,7 @@ class RunConfig(Section):
 
 class Config(Section):
     model: ModelConfig
-    data: DataConfig
+    data: TrainDataConfig
     parallel: ParallelConfig = ParallelConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
@@ -553,6 +647,16 @@ class Config(Section):
         return world_size // model_parallel
 
 
+def data_place(part: str) -> str:
+    """What a part of the mix is called in errors."""
+    return f"data.mix.{part}" if part else "data"
+
+
+def eval_place(suite: str) -> str:
+    """What one of `EvalConfig.sets` is called in errors."""
+    return f"eval.suites.{suite}" if suite else "eval.data"
+
+
 def _cross_field_problems(c: Config) -> Iterator[str]:
     minibatch = c.rl.minibatch_prompts
     if minibatch and c.rl.prompts_per_step % minibatch:
@@ -579,35 +683,44 @@ def _cross_field_problems(c: Config) -> Iterator[str]:
             f"parallel.microbatch_tokens {c.parallel.microbatch_tokens}; one sequence must fit one micro-batch: raise "
             f"parallel.microbatch_tokens to {sequence}"
         )
-    eval_sequence = c.eval.data.max_prompt_tokens + c.eval.max_tokens if c.eval.data else 0
-    if eval_sequence > c.parallel.microbatch_tokens:
-        yield (
-            f"eval.data.max_prompt_tokens + eval.max_tokens = {eval_sequence} exceeds parallel.microbatch_tokens "
-            f"{c.parallel.microbatch_tokens}; one sequence must fit one micro-batch: raise parallel.microbatch_tokens "
-            "or lower eval.max_tokens"
-        )
-    if c.eval.temperature == 0 and c.eval.num_samples > 1:
-        yield (
-            f"eval.temperature 0 is greedy: eval.num_samples {c.eval.num_samples} would be the same sample; set "
-            "eval.num_samples=1"
-        )
+    for name, held_out in c.eval.sets.items():
+        eval_sequence, place = held_out.max_prompt_tokens + c.eval.max_tokens, eval_place(name)
+        if eval_sequence > c.parallel.microbatch_tokens:
+            yield (
+                f"{place}.max_prompt_tokens + eval.max_tokens = {eval_sequence} exceeds parallel.microbatch_tokens "
+                f"{c.parallel.microbatch_tokens}; one sequence must fit one micro-batch: raise parallel.microbatch_tokens "
+                "or lower eval.max_tokens"
+            )
+    if c.eval.temperature == 0:
+        asked = {f"eval.suites.{name}.num_samples": suite.num_samples for name, suite in c.eval.suites.items()}
+        for key, k in {"eval.num_samples": c.eval.num_samples, **asked}.items():
+            if k is not None and k > 1:
+                yield f"eval.temperature 0 is greedy: {key} {k} would be the same sample; set {key}=1"
     if c.reward.correct <= c.reward.incorrect:
         yield (
             f"reward.correct {c.reward.correct:g} must be above reward.incorrect {c.reward.incorrect:g}, or right answers "
             "teach nothing or the opposite; raise reward.correct"
         )
-    if c.checkpoint.keep_best and c.eval.data is None:
-        yield "checkpoint.keep_best needs eval.data, the held-out prompts to evaluate on"
+    if c.checkpoint.keep_best:
+        name = c.checkpoint.keep_best.removeprefix("eval/").rpartition("/")[0]
+        if not name and c.eval.data is None:
+            another = f", or name a suite (eval/{next(iter(c.eval.suites))}/avg_at_k)" if c.eval.suites else ""
+            yield f"checkpoint.keep_best needs eval.data, the held-out prompts to evaluate on{another}"
+        elif name and name not in c.eval.suites:
+            yield f"checkpoint.keep_best: there is no {name!r} in eval.suites; add it or correct the name"
     if c.rl.overlong_buffer > c.rollout.max_tokens:
         yield f"rl.overlong_buffer {c.rl.overlong_buffer} exceeds rollout.max_tokens {c.rollout.max_tokens}; lower it"
-    if c.sft.steps and c.data.solution_template is None:
-        yield "sft.steps needs data.solution_template, the worked answer to imitate (e.g. '{answer}')"
+    if c.sft.steps:
+        for name, part in c.data.parts.items():
+            if part.solution_template is None:
+                place = data_place(name)
+                yield f"sft.steps needs {place}.solution_template, the worked answer to imitate (e.g. '{{answer}}')"
     if c.rollout.tensor > 1 and c.rollout.mode == "embedded":
         yield "rollout.tensor needs rollout.mode colocated or server; an embedded engine has one device"
     if c.rollout.overlap and c.rollout.mode != "server":
         yield "rollout.overlap needs rollout.mode=server: the other engines share their devices with the trainer"
-    named = [*c.rollout.servers, *(url for urls in c.rl.sampler_servers.values() for url in urls)]
-    if len(set(named)) < len(named):
+    urls = [*c.rollout.servers, *(url for of_one in c.rl.sampler_servers.values() for url in of_one)]
+    if len(set(urls)) < len(urls):
         where = "rollout.servers and rl.sampler_servers name" if c.rl.sampler_servers else "rollout.servers names"
         yield f"{where} a server twice, and a server holds one model; name each once"
     if unknown := c.rl.sampler_servers.keys() - c.rl.samplers.keys():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -27,6 +27,8 @@ MAX_NUMBER = {int: 2**32, float: 1e30}
 MAX_REWARD = 1e6  # a group's deviation squares it
 # what every run logs as reward/NAME (`stages.collect.rollout_metrics`), which a function's values must not hide
 LOGGED_REWARDS = frozenset(("mean", "accuracy", "timeouts", "uniform_group_fraction"))
+# what an evaluation logs as eval/METRIC, where the name of a suite stands, too
+EVAL_METRICS = frozenset(("avg_at_k", "pass_at_k", "entropy", "response_length"))
 MAX_FUNCTIONS = 8  # of reward.function; a grader's reply has a fixed size
 MAX_PROCESSES = 4096  # ranks along a dimension, servers, graders, threads
 MAX_PROMPTS = 2**20  # of one step, all of which are in memory together
@@ -154,8 +156,38 @@ def weighted_functions(functions: Any) -> Any:
     return {absolute_file(str(function)): weight for function, weight in functions.items()}
 
 
-# A mapping that is passed on. `null` is an empty one, which is how a recipe takes back what its base put there.
-Options = Annotated[dict[str, Any], BeforeValidator(lambda options: {} if options is None else options)]
+# `null` is an empty mapping, which is how a recipe takes back what its base put there
+NO_NULL = BeforeValidator(lambda mapping: {} if mapping is None else mapping)
+Options = Annotated[dict[str, Any], NO_NULL]  # a mapping that is passed on
+
+
+def _checked_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError("a name is made of letters, digits, - and _")
+    if name in EVAL_METRICS:
+        raise ValueError(f"{name} is what a metric is called; choose another name")
+    return name
+
+
+# of a data set of the user's own, part of metrics' names
+Name = Annotated[str, AfterValidator(_checked_name)]
+
+
+def eval_metric(metric: str) -> str:
+    if not re.fullmatch(r"eval/([A-Za-z0-9_-]+/)?(avg|pass)_at_k", metric):
+        raise ValueError("must be eval/avg_at_k, eval/pass_at_k, or the same of a suite, as eval/NAME/avg_at_k")
+    return metric
+
+
+def inherited(section: Any, common: Any, key: str, without: Sequence[str] = ()) -> Any:
+    """`section` with the mappings under its `key` completed by what they leave out of `common`."""
+    if not isinstance(section, Mapping) or not isinstance(parts := section.get(key), Mapping):
+        return section
+    if isinstance(common, BaseModel):
+        common = common.model_dump()
+    given = common.items() if isinstance(common, Mapping) else ()
+    shared = {k: v for k, v in given if k != key and k not in without}
+    return {**section, key: {n: {**shared, **p} if isinstance(p, Mapping) else p for n, p in parts.items()}}
 
 
 def shown(value: Any) -> str:

@@ -61,6 +61,9 @@ def rows(section: type[BaseModel], prefix: str) -> Iterator[Row]:
     for name, field in section.model_fields.items():
         default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
         yield Row(f"{prefix}{name}", kind_of(field), default, field.description or "")
+        if (part := _named_section(field.annotation)) is not None:
+            shared = {key for base in part.__bases__ for key in getattr(base, "model_fields", ())}
+            yield from (row for row in rows(part, f"{prefix}{name}.NAME.") if row.key.rpartition(".")[2] not in shared)
 
 
 def tables(section: str) -> Iterator[tuple[str, list[Row]]]:
@@ -96,7 +99,7 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
     if origin in (tuple, list):
         return f"list of {_kind(inner[0], [])}s"
     if origin in (dict, Mapping):
-        return "mapping"
+        return "mapping" if _named_section(annotation) is None else "sections by name"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "a section"
     if check_temperature in validators:
@@ -107,6 +110,12 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
         return "path"
     names = {bool: "true, false", int: "integer", float: "number", str: "text"}
     return ", ".join([names.get(annotation, getattr(annotation, "__name__", str(annotation))), *_bounds(metadata)])
+
+
+def _named_section(annotation: Any) -> type[BaseModel] | None:
+    """The section that stands under each name, where that is what a key holds."""
+    inner = typing.get_args(annotation)[1:] if typing.get_origin(annotation) is dict else ()
+    return next((kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _bounds(metadata: list[Any]) -> Iterator[str]:

@@ -55,13 +55,14 @@ COLUMNS = (
     Column("sync", 6, "time/sync_s", _seconds, 5),
     Column("left", 7, LEFT, _duration),
 )
-EVAL_COLUMNS = (("avg@{k}", "eval/avg_at_k"), ("pass@{k}", "eval/pass_at_k"), ("entropy", "eval/entropy"))
+EVAL_COLUMNS = (("avg@{k}", "avg_at_k"), ("pass@{k}", "pass_at_k"), ("entropy", "entropy"))
 
 
 class StepConsole:
-    """Prints steps, evaluations and events. `num_eval_samples` is the k of avg@k."""
+    """Prints steps, evaluations and events. `num_eval_samples` is the k of avg@k, by the name of what is evaluated on, which
+    is empty for `eval.data`."""
 
-    def __init__(self, total_steps: int, num_eval_samples: int, console: Console | None = None) -> None:
+    def __init__(self, total_steps: int, num_eval_samples: Mapping[str, int], console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._total_steps = total_steps
         self._num_eval_samples = num_eval_samples
@@ -76,8 +77,11 @@ class StepConsole:
                 self._print(self._header())
             self._lines += 1
             self._print(self._row(step, stage, {**metrics, **self._time_left(step, stage)}))
-        if any(name in metrics for _, name in EVAL_COLUMNS):
-            self._print(self._eval_row(step, metrics))
+        for suite, k in self._num_eval_samples.items():
+            prefix = f"eval/{suite}/" if suite else "eval/"
+            found = {title.format(k=k): metrics.get(prefix + name) for title, name in EVAL_COLUMNS}
+            if any(value is not None for value in found.values()):
+                self._print(self._eval_row(step, suite, found))
 
     def event(self, text: str, style: str) -> None:
         self._print(Text(f"--- {text}", style=style))
@@ -90,12 +94,12 @@ class StepConsole:
             row.append(cell.rjust(column.width), style="dim" if value is None else "")
         return row
 
-    def _eval_row(self, step: int, metrics: Mapping[str, float]) -> Text:
+    def _eval_row(self, step: int, suite: str, values: Mapping[str, float | None]) -> Text:
         row = self._begin("eval", "magenta", step)
-        for title, name in EVAL_COLUMNS:
-            if name in metrics:
-                row.append(f"   {title.format(k=self._num_eval_samples)} {metrics[name]:.3f}")
-        return row
+        for title, value in values.items():
+            if value is not None:
+                row.append(f"   {title} {value:.3f}")
+        return row.append(f"   {suite}") if suite else row
 
     def _begin(self, label: str, style: str, step: int) -> Text:
         return Text().append(f"{label:<6}", style=style).append(f"{step}/{self._total_steps}".rjust(STEP_WIDTH))

@@ -191,8 +191,7 @@ def _origin(location: Sequence[str], origins: Mapping[str, str]) -> str | None:
 
 
 def _suggestion(location: list[str], section: type[BaseModel]) -> str:
-    for part in location[:-1]:
-        section = next((t for t in _section_types(section.model_fields[part].annotation)), section)
+    section = next(_section_types(recipe_text.type_of(section, location[:-1])), section)
     if section is Config and (homes := [name for name, part in _sections() if location[-1] in part.model_fields]):
         return f"; did you mean {' or '.join(f'{home}.{location[-1]}' for home in homes)}?"
     close = difflib.get_close_matches(location[-1], section.model_fields, n=1)

@@ -84,7 +84,9 @@ class RunLogger:
         self._file = folder.metrics.open("ab", buffering=0)
         if config.logging.console:
             total = config.sft.steps + config.run.steps if total_steps is None else total_steps
-            self._console = StepConsole(total, config.eval.num_samples, console)
+            self._console = StepConsole(
+                total, {name: config.eval.samples_of(name) for name in config.eval.sets}, console
+            )
         if is_new and config.run.fork_from:
             text = f"forked from {config.run.fork_from} at step {start_step}"
             self._write({"step": start_step, "event": text, "fork_step": start_step})

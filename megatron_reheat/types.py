@@ -29,7 +29,8 @@ class Prompt:
     """One problem, ready to be sampled from.
 
     `index` is the position in the dataset and stays the same across epochs and restarts;
-    `verifier` holds whatever the grader needs (a reference answer, a reasoning-gym entry) and is never shown to the policy.
+    `verifier` holds whatever the grader needs (a reference answer, a reasoning-gym entry) and is never shown to the policy;
+    `source` is the part of `data.mix` that it is from.
     """
 
     index: int
@@ -37,6 +38,7 @@ class Prompt:
     token_ids: tuple[int, ...]
     verifier: Mapping[str, Any]
     solution: str | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)

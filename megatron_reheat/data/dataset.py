@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import array
+import random
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +37,8 @@ class Counts:
 
 class PromptDataset:
     """Prompts in a fixed order; `dataset[i].index == i`."""
+
+    identified_by = "the prompts themselves"  # what the fingerprint is of
 
     def __init__(self, prompts: Sequence[Prompt], counts: Counts = Counts(), notes: Sequence[str] = ()) -> None:
         self._prompts = prompts
@@ -100,6 +104,18 @@ class PromptDataset:
     def verifiers(self) -> Iterator[Mapping[str, Any]]:
         """What graders get for each prompt, without making the prompt."""
         return (prompt.verifier for prompt in self._prompts)
+
+    def epoch_length(self, epoch: int) -> int:
+        """How many prompts are drawn in an epoch."""
+        return len(self)
+
+    def epoch_order(self, seed: str, epoch: int, *, shuffle: bool) -> array.array[int]:
+        """Which prompts, in the order in which an epoch draws them: [`epoch_length`], a permutation if `shuffle` is set."""
+        order = array.array("q", range(len(self)))  # 8 bytes a prompt, a list takes 40
+        if shuffle:
+            # Python's own generator: its shuffle is the same on every platform and in every release so far.
+            random.Random(f"{seed}/{epoch}").shuffle(order)
+        return order
 
     def describe(self) -> list[str]:
         """What a run's log tells of its data, a line each."""

@@ -7,7 +7,6 @@ order.
 from __future__ import annotations
 
 import array
-import random
 from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class PromptCursor:
-    """Walks a dataset epoch after epoch, each in its own permutation drawn from `seed` if `shuffle` is set."""
+    """Walks a dataset epoch after epoch, each in its own order drawn from `seed` if `shuffle` is set."""
 
     def __init__(self, dataset: PromptDataset, *, seed: int, shuffle: bool = True) -> None:
         self.epoch = 0
@@ -39,12 +38,13 @@ class PromptCursor:
         """The next `n` prompts; past the end of an epoch it goes on with the next one."""
         drawn: list[Prompt] = []
         while len(drawn) < n:
-            if self.position == len(self._dataset):
+            if self.position == self._dataset.epoch_length(self.epoch):
                 self.epoch += 1
                 self.position = 0
                 self._order = None
             if self._order is None:
-                self._order = self._epoch_order()
+                seed, shuffle = self._identity["seed"], bool(self._identity["shuffle"])
+                self._order = self._dataset.epoch_order(str(seed), self.epoch, shuffle=shuffle)
             stop = min(len(self._order), self.position + n - len(drawn))
             drawn += self._dataset.take(self._order[self.position : stop])
             self.position = stop
@@ -59,8 +59,10 @@ class PromptCursor:
         counts = [state.get(key) for key in ("epoch", "position")]
         if state.keys() != self.state().keys() or not all(isinstance(count, int) and count >= 0 for count in counts):
             return f"its place in the data is {dict(state)}, and this version reads {', '.join(self.state())}"
-        if state["fingerprint"] == self._identity["fingerprint"] and state["position"] > len(self._dataset):
-            return f"its place in the data is prompt {state['position']} of {len(self._dataset)}"
+        if state["fingerprint"] == self._identity["fingerprint"]:
+            length = self._dataset.epoch_length(state["epoch"])
+            if state["position"] > length:
+                return f"its place in the data is prompt {state['position']} of {length}"
         return None
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -71,7 +73,7 @@ class PromptCursor:
         """
         changed = [key for key, value in self._identity.items() if state[key] != value]
         if changed:
-            keys = {"seed": "run.seed", "shuffle": "data.shuffle", "fingerprint": "the prompts themselves"}
+            keys = {"seed": "run.seed", "shuffle": "data.shuffle", "fingerprint": self._dataset.identified_by}
             raise ConfigError(
                 f"the checkpoint's place in the data does not fit this run: {', '.join(keys[key] for key in changed)} "
                 "changed; restore the data section it was written with, or start a new run"
@@ -79,13 +81,6 @@ class PromptCursor:
         self.epoch = state["epoch"]
         self.position = state["position"]
         self._order = None
-
-    def _epoch_order(self) -> array.array[int]:
-        order = array.array("q", range(len(self._dataset)))  # 8 bytes a prompt, a list takes 40
-        if self._identity["shuffle"]:
-            # Python's own generator: its shuffle is the same on every platform and in every release so far.
-            random.Random(f"{self._identity['seed']}/{self.epoch}").shuffle(order)
-        return order
 
 
 def load_prompts(

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_reheat.data.dataset import RenderedPrompts, digest_of
+from megatron_reheat.data.dataset import digest_of
 from megatron_reheat.data.fields import required
 from megatron_reheat.data.files import read_file
+from megatron_reheat.data.mixture import RunPrompts
 from megatron_reheat.data.records import Joined, Records
 from megatron_reheat.errors import ConfigError
 
@@ -21,7 +22,7 @@ class Trajectories:
     """Texts by prompt. In memory is where they lie; a prompt's own are read when they are asked for."""
 
     def __init__(
-        self, paths: Sequence[str], prompts: RenderedPrompts, *, key: str, prompt_key: str, texts_key: str, section: str
+        self, paths: Sequence[str], prompts: RunPrompts, *, key: str, prompt_key: str, texts_key: str, section: str
     ) -> None:
         """
         Args:

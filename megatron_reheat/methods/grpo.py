@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from megatron_reheat.clock import Clock
 from megatron_reheat.config import Config
 from megatron_reheat.config_fields import Section
-from megatron_reheat.data.dataset import RenderedPrompts
+from megatron_reheat.data.mixture import RunPrompts
 from megatron_reheat.losses.advantage import group_advantages, overlong_penalty
 from megatron_reheat.losses.policy_gradient import SurrogateLoss, clipped_surrogate, surrogate_loss
 from megatron_reheat.parallel.attention import AttentionTerm
@@ -95,7 +95,7 @@ class Tools:
     decode: Callable[[TokenArray], str]
     hinted_prompt: Callable[[Prompt, str | None], TokenArray | None]
     encode: Callable[[str], list[int]] | None = None
-    prompts: RenderedPrompts | None = None
+    prompts: RunPrompts | None = None
 
 
 ASSUMED_ACCURACY = 0.5  # where costs depend on how much is right

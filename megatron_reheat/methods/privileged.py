@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from megatron_reheat.config import Config
+from megatron_reheat.config import Config, data_place
 from megatron_reheat.config_fields import Section
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.methods.grpo import GRPO, Tools
@@ -44,17 +44,18 @@ class Privileged(GRPO):
 
     @classmethod
     def problems(cls, config: Config, options: Any) -> Iterator[str]:
-        method, template = config.rl.method, config.data.hint_template
-        if template is None:
-            yield (
-                f"rl.method {method} shows its teacher more than the policy sees: give data.hint_template (e.g. '{{prompt}} "
-                "A correct solution: {solution} Now solve it in your own words.')"
-            )
-        elif options.hint == "sibling" and not _names_solution(template):
-            yield (
-                "rl.options.hint sibling puts a correct response where data.hint_template has {solution}, and it has none; "
-                "write it there, or set rl.options.hint=record"
-            )
+        for name, part in config.data.parts.items():
+            key, template = f"{data_place(name)}.hint_template", part.hint_template
+            if template is None:
+                yield (
+                    f"rl.method {config.rl.method} shows its teacher more than the policy sees: give {key} (e.g. '{{prompt}} "
+                    "A correct solution: {solution} Now solve it in your own words.')"
+                )
+            elif options.hint == "sibling" and not _names_solution(template):
+                yield (
+                    f"rl.options.hint sibling puts a correct response where {key} has {{solution}}, and it has none; write it "
+                    "there, or set rl.options.hint=record"
+                )
         longest, limit = _longest(config), config.parallel.microbatch_tokens
         if longest > limit:
             yield (

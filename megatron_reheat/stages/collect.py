@@ -204,4 +204,16 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "response/length_mean": float(np.mean(lengths)),
         "response/length_max": float(max(lengths)),
         "response/truncated_fraction": float(np.mean([c.finish_reason == "length" for c in completions])),
+        **_metrics_by_source(groups),
     }
+
+
+def _metrics_by_source(groups: Sequence[Group]) -> dict[str, float]:
+    """Of each part of `data.mix` that was sampled for."""
+    metrics = {}
+    for name in sorted({g.prompt.source for g in groups} - {""}):
+        own = [g for g in groups if g.prompt.source == name]
+        metrics[f"data/{name}/share"] = len(own) / len(groups)
+        metrics[f"data/{name}/accuracy"] = float(np.mean([r.correct for g in own for r in g.rewards]))
+        metrics[f"data/{name}/uniform_group_fraction"] = float(np.mean([g.is_uniform for g in own]))
+    return metrics

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from megatron_reheat.analysis.passk import bootstrap_interval, pass_at_k_by_prompt
@@ -16,24 +18,29 @@ from megatron_reheat.types import SamplingParams, TrainBatch, TrainSequence
 EVAL_SEED = 20260600755
 
 
-def evaluate(
-    policy: Policy, prompts: PromptDataset, config: EvalConfig, stop_token_ids: tuple[int, ...]
+def evaluate_all(
+    policy: Policy, held_out: Mapping[str, PromptDataset], config: EvalConfig, stop_token_ids: tuple[int, ...]
 ) -> dict[str, float]:
-    """`eval/avg_at_k`, `eval/pass_at_k` over `eval.num_samples` samples a prompt with 95% bootstrap intervals over prompts
-    (`_low`, `_high`), and the entropy of those samples."""
-    clock = Clock()
+    """`evaluate` on `eval.data`, and on each of `eval.suites` as `eval/NAME/...`."""
     params = SamplingParams(config.temperature, config.max_tokens, config.top_p, stop_token_ids)
-    groups = policy.sample(list(prompts), config.num_samples, params, derive_seed(EVAL_SEED), clock)
+    metrics: dict[str, float] = {}
+    for name, prompts in held_out.items():
+        found = evaluate(policy, prompts, config.samples_of(name), params)
+        metrics |= {f"eval/{name}/{metric}" if name else f"eval/{metric}": value for metric, value in found.items()}
+    return metrics
+
+
+def evaluate(policy: Policy, prompts: PromptDataset, num_samples: int, params: SamplingParams) -> dict[str, float]:
+    """`avg_at_k`, `pass_at_k` over `num_samples` samples a prompt with 95% bootstrap intervals over prompts (`_low`, `_high`),
+    and the entropy of those samples."""
+    groups = policy.sample(list(prompts), num_samples, params, derive_seed(EVAL_SEED), Clock())
     correct = np.array([[r.correct for r in g.rewards] for g in groups])
     batch = TrainBatch(tuple(TrainSequence.of(g.prompt, c) for g in groups for c in g.completions))
     scores = policy.engine.score(batch, temperature=1.0)
-    by_prompt = {
-        "eval/avg_at_k": correct.mean(axis=1),
-        "eval/pass_at_k": pass_at_k_by_prompt(correct, config.num_samples),
-    }
+    by_prompt = {"avg_at_k": correct.mean(axis=1), "pass_at_k": pass_at_k_by_prompt(correct, num_samples)}
     metrics = {
-        "eval/entropy": scores.mean_entropy,
-        "eval/response_length": float(np.mean([s.num_response_tokens for s in batch.sequences])),
+        "entropy": scores.mean_entropy,
+        "response_length": float(np.mean([s.num_response_tokens for s in batch.sequences])),
     }
     for name, values in by_prompt.items():
         low, high = bootstrap_interval(values, EVAL_SEED)

@@ -13,7 +13,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_reheat.checkpoint_folder import latest_checkpoint
-from megatron_reheat.config import Config, ModelConfig
+from megatron_reheat.config import Config, ModelConfig, eval_place
+from megatron_reheat.data.mixture import RunPrompts, mixed
 from megatron_reheat.data.prompts import PromptCursor, PromptDataset, check_vocabulary, load_prompts
 from megatron_reheat.data.responses import response_text, response_tokens
 from megatron_reheat.data.tokenizer import end_token_id, read_tokenizer, stop_token_ids
@@ -58,13 +59,14 @@ class Inputs:
 
     `stop_token_ids` are all tokens that end a response. `today` is the date that chat templates print: that of the run's
     start, kept in its checkpoints. `encode` turns a response's text into its tokens, the end included, and `decode` takes
-    tokens for text as they are graded. `frozen` are the models of `rl.samplers`.
+    tokens for text as they are graded. `held_out` is what is evaluated on, by name as in `EvalConfig.sets`. `frozen` are the
+    models of `rl.samplers`.
     """
 
     hf_folder: Path
     tokenizer: PreTrainedTokenizerBase
-    prompts: PromptDataset
-    eval_prompts: PromptDataset | None
+    prompts: RunPrompts
+    held_out: Mapping[str, PromptDataset]
     stop_token_ids: tuple[int, ...]
     max_model_len: int
     source: Path | None
@@ -85,7 +87,7 @@ class Inputs:
 
     def describe(self) -> list[str]:
         """What the run's log tells of its data and of how frozen models differ from the policy, a line each."""
-        lines = [line for data in (self.prompts, self.eval_prompts) if data is not None for line in data.describe()]
+        lines = [line for data in (self.prompts, *self.held_out.values()) for line in data.describe()]
         return [*lines, *(note for model in self.frozen.values() for note in model.notes), *self.method.describe()]
 
 
@@ -107,7 +109,7 @@ def read_model(config: ModelConfig, *, chat: bool) -> ModelFolder:
 
 def speaks_in_turns(config: Config) -> bool:
     """Whether any of the run's prompts go through the chat template."""
-    return any(data is not None and data.template == "chat" for data in (config.data, config.eval.data))
+    return any(data.template == "chat" for data in (config.data, *config.eval.sets.values()))
 
 
 def read_inputs(config: Config, today: date | None = None) -> Inputs:
@@ -128,20 +130,12 @@ def read_inputs(config: Config, today: date | None = None) -> Inputs:
     check_layout(model.hf, config)
     max_model_len = context_length(config, model.hf.max_position_embeddings)
     tokenizer = model.tokenizer
-    prompts = load_prompts(
-        config.data,
-        tokenizer,
-        reward_kind=config.reward.kind,
-        today=today,
-        solved_limit=_solved_limit(config, model.hf.max_position_embeddings),
-        hint=choice.cls.hint(choice.options),
+    load = partial(load_prompts, tokenizer=tokenizer, reward_kind=config.reward.kind, today=today)
+    solved_limit, hint = _solved_limit(config, model.hf.max_position_embeddings), choice.cls.hint(choice.options)
+    prompts = mixed(
+        config.data, lambda part, section: load(part, section=section, solved_limit=solved_limit, hint=hint)
     )
-    eval_prompts = None
-    if config.eval.data is not None:
-        held_out = load_prompts(
-            config.eval.data, tokenizer, reward_kind=config.reward.kind, section="eval.data", today=today
-        )
-        eval_prompts = held_out.without(prompts)
+    held_out = {name: load(data, section=eval_place(name)).without(prompts) for name, data in config.eval.sets.items()}
     stops = model.stop_token_ids
     end = end_token_id(tokenizer, stops, chat=config.data.template == "chat")
     encode = partial(response_tokens, tokenizer, end=end)
@@ -156,7 +150,7 @@ def read_inputs(config: Config, today: date | None = None) -> Inputs:
         model.path,
         tokenizer,
         prompts,
-        eval_prompts,
+        held_out,
         stops,
         max_model_len,
         source,
@@ -264,9 +258,9 @@ def context_length(config: Config, model_limit: int) -> int:
     """Longest prompt plus longest response, which the engine's context must hold."""
     train = config.data.max_prompt_tokens
     sequences = {"data.max_prompt_tokens + rollout.max_tokens": train + config.rollout.max_tokens}
-    if config.eval.data is not None:
-        longest = config.eval.data.max_prompt_tokens + config.eval.max_tokens
-        sequences["eval.data.max_prompt_tokens + eval.max_tokens"] = longest
+    for name, data in config.eval.sets.items():
+        longest = data.max_prompt_tokens + config.eval.max_tokens
+        sequences[f"{eval_place(name)}.max_prompt_tokens + eval.max_tokens"] = longest
     keys, needed = max(sequences.items(), key=lambda item: item[1])
     chosen = config.rollout.max_model_len
     if chosen is not None and chosen > model_limit:

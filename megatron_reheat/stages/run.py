@@ -37,7 +37,7 @@ from megatron_reheat.stages.collect import Collector, StepAbandoned
 from megatron_reheat.stages.controller import Controller, ControllerState, Verdict
 from megatron_reheat.stages.engines import frozen_weights, start_frozen, start_sampler
 from megatron_reheat.stages.flatten import flatten
-from megatron_reheat.stages.held_out import evaluate
+from megatron_reheat.stages.held_out import evaluate_all
 from megatron_reheat.stages.inputs import Inputs, agree_on_date, read_inputs
 from megatron_reheat.stages.outcome import Stage, StepOutcome, derive_seed
 from megatron_reheat.stages.policy import FrozenSampler, Policy
@@ -128,7 +128,7 @@ class Helpers:
     def check_references(self, inputs: Inputs) -> ReferenceCheck | None:
         if self.verifiers is None:
             return None
-        data = [data for data in (inputs.prompts, inputs.eval_prompts) if data is not None]
+        data = (inputs.prompts, *inputs.held_out.values())
         if self._own_functions:
             for prompts in data:
                 try_functions(self.verifiers, prompts.verifiers())
@@ -207,8 +207,8 @@ class Run:
             if judges and (text := self._follow(self.controller.judge_rl())):
                 self.logger.log_event(text)
             if self.state.step == 0 and not self.config.sft.steps:
-                if self.inputs.eval_prompts is not None:
-                    announce(f"evaluating on {len(self.inputs.eval_prompts)} prompts before the first step")
+                if held_out := self.inputs.held_out.values():
+                    announce(f"evaluating on {sum(map(len, held_out))} prompts before the first step")
                 self._log(0, "rlvr", self._evaluate())
             while self.state.step < total and not self.controller.state.stopped:
                 if self._should_stop():
@@ -456,10 +456,10 @@ class Run:
         }
 
     def _evaluate(self) -> dict[str, float]:
-        if self.inputs.eval_prompts is None:
+        if not self.inputs.held_out:
             return {}
         started = time.perf_counter()
-        result = evaluate(self.policy, self.inputs.eval_prompts, self.config.eval, self.inputs.stop_token_ids)
+        result = evaluate_all(self.policy, self.inputs.held_out, self.config.eval, self.inputs.stop_token_ids)
         return {**result, "time/eval_s": time.perf_counter() - started}
 
     def _log(self, step: int, stage: Any, metrics: dict[str, float], round_: int = 0, event: str | None = None) -> None:

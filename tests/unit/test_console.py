@@ -22,7 +22,7 @@ METRICS = {
 def lines(width: int | None, *steps: tuple[int, Any]) -> list[str]:
     out = io.StringIO()
     console = Console(file=out, force_terminal=width is not None, width=width, no_color=True, highlight=False)
-    shown = StepConsole(543, 8, console)
+    shown = StepConsole(543, {"": 8, "hard": 16}, console)
     for step, stage in steps:
         shown.step(step, stage, METRICS)
     return [line for line in re.sub(r"\x1b\[[\d;]*m", "", out.getvalue()).splitlines() if line]

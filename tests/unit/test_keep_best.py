@@ -187,7 +187,7 @@ class ScriptedRun(Run):
         self.folder, self.state, self.said = RunFolder(folder), RunState(), []
         self._saved_step, self._save_is_due = -1, False
         self.inputs: Any = SimpleNamespace(
-            source=fork, forked=fork is not None, today=date(2026, 1, 1), eval_prompts=None, decode=str
+            source=fork, forked=fork is not None, today=date(2026, 1, 1), held_out={}, decode=str
         )
         parts: Any = SimpleNamespace(
             version=0,
