@@ -414,7 +414,7 @@ class Estimate:
         rollout = batches * (self.rollout_seconds(replace(batch, group_size=own)) + self.frozen_seconds(batch))
         if costs.sampled > 0:
             rollout += self.rollout_seconds(replace(batch, prompts=math.ceil(batch.prompts * costs.sampled)))
-        score = (1 + costs.trained) * self.pass_seconds(batch, training=False)
+        score = 0.0 if self.scores_in_update else (1 + costs.trained) * self.pass_seconds(batch, training=False)
         score += costs.scored * self.pass_seconds(hinted, training=False)
         update = (1 + costs.trained) * self.pass_seconds(batch, training=True) + costs.heads * self.head_seconds(batch)
         update += costs.read * self.pass_seconds(hinted, training=False) + self.optimizer_seconds()
@@ -428,6 +428,11 @@ class Estimate:
             "update": batch.minibatches * update,
             "sync": self.sync_seconds() + self.turn_seconds(batches),
         }
+
+    @property
+    def scores_in_update(self) -> bool:
+        """Whether the step's only update scores the batch as well."""
+        return self._method.cls.scores_in_loss and self.rl_batch.minibatches == 1 and not self.costs.trained
 
     def frozen_seconds(self, batch: Batch) -> float:
         """What frozen models sample for a generation batch, one after the other."""

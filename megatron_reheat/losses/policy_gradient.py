@@ -140,6 +140,7 @@ def surrogate_loss(
     by their importance weights, which are not truncated here.
     """
     logprobs, entropy = vocab.logprobs(micro.targets, temperature=sampling_temperature)
+    micro = micro.scored(logprobs, entropy)
     per_token, rows = surrogate(logprobs, micro)
     weights, truncated = torch.ones_like(per_token), torch.zeros_like(per_token)
     if tis_cap is not None:

@@ -133,6 +133,8 @@ class GRPO:
     loss_keys: ClassVar[tuple[str, ...]] = ("tis_cap", "entropy_coef", "kl_coef")
     # whether its ratio is to the policy that sampled, be that of now or of a step before (`rollout.overlap`)
     anchored_at_sampler: ClassVar[bool] = False
+    # whether nothing but `surrogate_loss` needs the batch's scores, which the only update of a step then makes itself
+    scores_in_loss: ClassVar[bool] = True
     columns: Mapping[str, PerToken] = {}  # what it needs scored beside log-probabilities and entropies
     # whether the loss needs all of a response's log-probabilities for its gradient
     whole_sequences: ClassVar[bool] = False
@@ -141,6 +143,8 @@ class GRPO:
     def __init_subclass__(cls) -> None:
         if "loss" in vars(cls) and "loss_keys" not in vars(cls):
             cls.loss_keys = ()
+        if {"loss", "weigh", "columns", "whole_sequences"} & vars(cls).keys() and "scores_in_loss" not in vars(cls):
+            cls.scores_in_loss = False
 
     def __init__(self, config: Config, options: Any, tools: Tools) -> None:
         """
@@ -199,7 +203,10 @@ class GRPO:
         return [r.value + self._overlong(c) for c, r in zip(group.completions, group.rewards, strict=True)]
 
     def weigh(self, batch: TrainBatch, scores: Scores, scoring: Scoring) -> TrainBatch:
-        """Called with the scores of every sequence, before the first update: whatever follows from the whole batch."""
+        """Called with the scores of every sequence, before the first update: whatever follows from the whole batch.
+
+        Of a method that leaves this as it is, a step with one update has no pass that scores (`scores_in_loss`).
+        """
         return batch.with_old_logprobs(scores.logprobs)
 
     def views(self, minibatch: TrainBatch) -> Mapping[str, TrainBatch]:

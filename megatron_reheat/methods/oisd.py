@@ -48,7 +48,8 @@ class OISD(GRPO):
         advantage_clip: float = Field(default=1.0, gt=0, description="c")
 
     options: Options
-    loss_keys = GRPO.loss_keys  # its loss is GRPO's, and more
+    # its loss is GRPO's, and more
+    loss_keys, scores_in_loss = GRPO.loss_keys, True
 
     def __init__(self, config: Config, options: Any, tools: Tools) -> None:
         super().__init__(config, options, tools)

@@ -38,7 +38,10 @@ from megatron_reheat.parallel.topology import Topology
 from megatron_reheat.parallel.vocab import VocabHead, VocabLogits, Vocabulary
 from megatron_reheat.types import FloatArray, Scores, TrainBatch
 
-Accept = Callable[[dict[str, float]], bool]
+# the reduced metrics, and the scores where the update makes them -> whether the weights may change
+Accept = Callable[[dict[str, float], Scores | None], bool]
+# per sequence of a micro-batch, by its place in the batch: an answer for each of its response tokens, for each question
+Scored = dict[int, tuple[FloatArray, ...]]
 # position of the micro-batch, the micro-batch and the model's output -> loss and metric sums
 Evaluate = Callable[[int, MicroBatch, Tensor], tuple[Tensor, MetricSums]]
 NO_COLUMNS: Mapping[str, PerToken] = {}
@@ -49,11 +52,12 @@ FINAL_NORM = "decoder.final_layernorm.weight"
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """Metrics of one optimizer step over all ranks, and whether the weights changed."""
+    """Metrics of one optimizer step over all ranks, whether the weights changed, and the scores from before if asked for."""
 
     sums: MetricSums
     applied: bool
     finite: bool
+    scores: Scores | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -89,25 +93,18 @@ class Engine:
         """Log-probabilities (at `temperature`) and entropies (at 1) of every response token, and `columns`, on every rank."""
         if not len(batch):
             return Scores([], [], {name: [] for name in columns})
-        scored: list[dict[int, tuple[FloatArray, ...]]] = []
+        scored: list[Scored] = []
 
         def keep(vocab: Vocabulary, micro: MicroBatch) -> tuple[Tensor, MetricSums]:
             result = vocab.logprobs(micro.targets, temperature=temperature)
             answers = (result.logprobs, result.entropy, *(ask(vocab) for ask in columns.values()))
-            rows = [micro.unpack(answer) for answer in answers]
-            scored.append({i: tuple(row[i] for row in rows) for i in rows[0]})
+            scored.append(micro.by_sequence(*(answer[micro.loss_mask.bool()] for answer in answers)))
             return result.logprobs.sum(), MetricSums()
 
         self._model.eval()
         with torch.no_grad():
             self._run(self._microbatches(batch), partial(self._whole_loss, keep), forward_only=True)
-        by_index: dict[int, tuple[FloatArray, ...]] = {}
-        for part in self.topology.gather_from_last_stages(scored):
-            for rows in part:
-                by_index.update(rows)
-        logprobs, entropies, *further = (
-            list(column) for column in zip(*(by_index[i] for i in range(len(batch))), strict=True)
-        )
+        logprobs, entropies, *further = self._in_order(scored, len(batch))
         return Scores(logprobs, entropies, dict(zip(columns, further, strict=True)))
 
     def update(
@@ -119,6 +116,7 @@ class Engine:
         weight_decay: float,
         aggregation: Aggregation = "token_mean",
         whole_sequences: bool = False,
+        score: bool = False,
         accept: Accept | None = None,
         views: Mapping[str, TrainBatch] | None = None,
         taps: Sequence[int] = (),
@@ -136,7 +134,10 @@ class Engine:
         A loss is asked chunk by chunk, as a sum over tokens can be. With `whole_sequences` it sees each micro-batch at once,
         which never splits a sequence; the fused head then makes the logits a second time for their gradient.
 
-        `accept` sees the reduced metrics after the backward pass and before the weights change; when it returns False, or
+        With `score`, the loss is `losses.policy_gradient.surrogate_loss` or one around it, the batch's `old_logprobs` are
+        those of this update's own forward pass, and that pass gives the `scores`, at the loss's temperature.
+
+        `accept` sees metrics and scores after the backward pass and before the weights change; when it returns False, or
         when the loss or a gradient is not finite, the gradients are dropped and the weights stay as they are.
         """
         views = views or {}
@@ -147,8 +148,9 @@ class Engine:
         self._model.train()
         self._model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        assert not (whole_sequences and (views or taps or attention))
-        in_chunks = partial(self._chunked_loss, loss, states, attention)
+        assert not (whole_sequences and (views or taps or attention or score))
+        scored: list[Scored] | None = [] if score else None
+        in_chunks = partial(self._chunked_loss, loss, states, attention, scored)
         evaluate = partial(self._whole_loss, loss) if whole_sequences else in_chunks
         self.module.taps = tuple(taps)
         self.module.attention_taps = () if attention is None else attention.layers
@@ -157,8 +159,12 @@ class Engine:
         finally:
             self.module.taps = self.module.attention_taps = ()
         sums = self._over_ranks(per_microbatch)
+        scores = None
+        if scored is not None:
+            logprobs, entropies = self._in_order(scored, len(batch))
+            scores = Scores(logprobs, entropies)
         finite = not self.topology.any(self._has_non_finite_gradients())
-        applied = finite and (accept is None or accept(sums.reduced()))
+        applied = finite and (accept is None or accept(sums.reduced(), scores))
         if applied:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_mult", 1.0)
@@ -166,7 +172,7 @@ class Engine:
             _, grad_norm, _ = self.optimizer.step()
             sums.add_mean("optimizer/grad_norm", float(grad_norm), 1)
             sums.add_mean("optimizer/lr", lr, 1)
-        return UpdateResult(sums, applied, finite)
+        return UpdateResult(sums, applied, finite, scores)
 
     def iter_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Streams (Hugging Face name, full tensor) to each replica's leader; a collective that every rank drains."""
@@ -326,13 +332,19 @@ class Engine:
         loss: Loss,
         states: Mapping[str, Sequence[Tensor]],
         attention: AttentionTerm | None,
+        scored: list[Scored] | None,
         index: int,
         micro: MicroBatch,
         output: Tensor,
     ) -> tuple[Tensor, MetricSums]:
-        if not self.config.model.fused_head:
-            return loss(VocabLogits(output[0], self.hf.vocab_size, self._tensor_group, overwrite=True), micro)
+        kept: list[tuple[Tensor, Tensor]] = []
+        micro = micro if scored is None else replace(micro, keep=lambda *answers: kept.append(answers))
         positions = micro.loss_mask.nonzero()[:, 0]
+        if not self.config.model.fused_head:
+            value, metrics = loss(VocabLogits(output[0], self.hf.vocab_size, self._tensor_group, overwrite=True), micro)
+            if scored is not None:
+                scored.append(micro.by_sequence(*(answer[positions] for answer in kept[0])))
+            return value, metrics
         counted, metrics = micro.at(positions), MetricSums()
         # the policy's own, then the taps', then the views'
         trained = [self._head_input(part)[positions] for part in output.chunk(1 + len(self.module.taps))]
@@ -347,6 +359,8 @@ class Engine:
             return value
 
         value = head_loss(hiddens, loss=chunk_loss, **self._head())
+        if scored is not None:
+            scored.append(micro.by_sequence(*map(torch.cat, zip(*kept, strict=True))) if kept else {})
         if attention is None:
             return value, metrics
         attended, self.module.attended = self.module.attended, {}
@@ -369,6 +383,14 @@ class Engine:
     @property
     def _tensor_group(self) -> Any:
         return self.topology.tensor_group if self.topology.tensor_size > 1 else None
+
+    def _in_order(self, scored: Sequence[Scored], count: int) -> list[list[FloatArray]]:
+        """Of all micro-batches of all ranks: for each question, the answers of the `count` sequences in the batch's order."""
+        by_index: Scored = {}
+        for part in self.topology.gather_from_last_stages(scored):
+            for rows in part:
+                by_index.update(rows)
+        return [list(column) for column in zip(*(by_index[i] for i in range(count)), strict=True)]
 
     def _over_ranks(self, per_microbatch: Sequence[MetricSums]) -> MetricSums:
         mine = MetricSums.merged(per_microbatch)

@@ -7,6 +7,7 @@ wherever the next token is not part of a response.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -40,6 +41,7 @@ class MicroBatch:
     advantages, old_logprobs, rollout_logprobs: [T] float32, zero outside responses
     extra:                          further such columns of the sequences, by name; zero for a sequence without
     readings:                       other vocabularies at the same positions, by name: a view's, an intermediate layer's
+    keep:                           takes log-probabilities and entropies of a batch that was not scored before (`scored`)
     """
 
     sequence_indices: tuple[int, ...]
@@ -56,16 +58,23 @@ class MicroBatch:
     rollout_logprobs: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     readings: Mapping[str, Vocabulary] = field(default_factory=dict)
+    keep: Callable[[Tensor, Tensor], None] | None = None
 
-    def unpack(self, values: Tensor) -> dict[int, FloatArray]:
-        """[T] per-token values -> {index in the train batch: [R] values of its response tokens}."""
-        flat = values.detach().float().cpu().numpy()
+    def scored(self, logprobs: Tensor, entropy: Tensor) -> MicroBatch:
+        """With what the policy's forward pass says, [T] each, as `old_logprobs`, where nobody scored the batch before: in the
+        first update since it was sampled that is the same policy."""
+        if self.keep is None:
+            return self
+        self.keep(logprobs.detach(), entropy.detach())
+        return replace(self, old_logprobs=logprobs.detach())
+
+    def by_sequence(self, *values: Tensor) -> dict[int, tuple[FloatArray, ...]]:
+        """[N] values of the response tokens, in order -> {index in the train batch: [R] of each}."""
         mask = self.loss_mask.bool().cpu().numpy()
-        borders = self.cu_seqlens.tolist()
-        return {
-            index: flat[start:end][mask[start:end]]
-            for index, start, end in zip(self.sequence_indices, borders, borders[1:], strict=False)
-        }
+        borders = self.cu_seqlens.tolist()[: len(self.sequence_indices) + 1]
+        counts = [int(mask[start:end].sum()) for start, end in itertools.pairwise(borders)]
+        columns = [np.split(v.detach().float().cpu().numpy(), np.cumsum(counts)[:-1]) for v in values]
+        return dict(zip(self.sequence_indices, zip(*columns, strict=True), strict=True)) if counts else {}
 
     def at(self, positions: Tensor | slice) -> MicroBatch:
         """What a loss needs, at some positions only; the packing (`cu_seqlens`) stays that of the whole micro-batch."""

@@ -15,7 +15,7 @@ from megatron_reheat.stages.collect import rollout_metrics
 from megatron_reheat.stages.controller import Controller, Verdict
 from megatron_reheat.stages.outcome import StepOutcome, derive_seed
 from megatron_reheat.stages.policy import Policy
-from megatron_reheat.types import At, SamplingParams, TrainBatch, TrainSequence
+from megatron_reheat.types import At, SamplingParams, Scores, TrainBatch, TrainSequence
 
 # the paper's rollouts; the teacher flattens the distribution that was sampled, so no other temperature is on-policy
 SAMPLING_TEMPERATURE = 1.0
@@ -54,7 +54,7 @@ class ReheatStage:
         batch = TrainBatch(tuple(TrainSequence.of(g.prompt, c) for g in groups for c in g.completions))
         verdict = Verdict.CONTINUE
 
-        def accept(metrics: dict[str, float]) -> bool:
+        def accept(metrics: dict[str, float], _: Scores | None) -> bool:
             nonlocal verdict
             check_mismatch(metrics["rollout/mismatch_kl"], config.rollout.mismatch_limit, self._policy.version)
             verdict = self._controller.judge_reheat(metrics["entropy/mean"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,11 +19,11 @@ from megatron_reheat.parallel.packing import PerToken
 from megatron_reheat.rollout.weight_sync import check_mismatch, mismatch
 from megatron_reheat.stages.collect import Collector
 from megatron_reheat.stages.controller import Controller, Verdict
-from megatron_reheat.stages.entropy import choose_probes, judge_entropy
+from megatron_reheat.stages.entropy import JudgedEntropy, choose_probes, judge_entropy
 from megatron_reheat.stages.outcome import StepOutcome
 from megatron_reheat.stages.policy import Policy
 from megatron_reheat.stages.reference import Reference
-from megatron_reheat.types import POLICY, At, Group, Scores, TrainBatch
+from megatron_reheat.types import POLICY, At, Collected, Group, Scores, TrainBatch
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,16 @@ class _Scoring:
     def reference(self, batch: TrainBatch) -> Scores:
         assert self.frozen is not None, "the method's needs_reference() says that it needs none"
         return self.frozen.score(batch, temperature=self.at.temperature)
+
+
+class _Measured(NamedTuple):
+    """What the scores of a batch say: the entropy that the controller judges, the scores of what the policy sampled itself, and
+    how far engine and trainer disagree on that."""
+
+    entropy: JudgedEntropy
+    own: Scores
+    finite: bool
+    disagreement: dict[str, float]
 
 
 class RLVRStage:
@@ -77,37 +89,43 @@ class RLVRStage:
             after = replace(at, step=at.step + 1, rl_step=at.rl_step + 1)
             self._collector.look_ahead(after, method.group_size(after))
         scoring = _Scoring(self._policy.engine, self._reference, at)
+        measure = partial(self._measure, collected, batch, probes)
+        updates: list[UpdateResult] = []
         with clock.phase("score"):
-            scores, probed = scoring.score(batch, method.columns), scoring.score(probes)
-        entropy = judge_entropy(collected, batch, scores, probes, probed, judged_tokens=config.judged_tokens)
-        measured = scores.of(batch)
+            probed = scoring.score(probes)
+            scores = None if self._scores_in_update(batch) else scoring.score(batch, method.columns)
+        if scores is None:
+            with clock.phase("score"):
+                batch = self._with_reference(batch, scoring)
+            with clock.phase("update"):
+                updates = self._update(batch, at, passes=lambda scores: measure(probed, scores).finite)
+            assert updates[0].scores is not None
+            measured = measure(probed, updates[0].scores)
+        elif (measured := measure(probed, scores)).finite and len(batch):
+            with clock.phase("score"):
+                batch = self._with_reference(method.weigh(batch, scores, scoring), scoring)
+            with clock.phase("update"):
+                updates = self._update(batch, at)
+        if not measured.finite:
+            return StepOutcome(collected.metrics | clock.metrics(), collected.shown, None, applied=False, finite=False)
+        entropy = measured.entropy
         metrics = collected.metrics | {
             "entropy/mean": entropy.mean,
             "entropy/estimated": float(entropy.estimated),
             "rollout/temperature": at.temperature,
         }
-        if not np.isfinite(entropy.mean + scores.mean_entropy):
-            return StepOutcome(collected.metrics | clock.metrics(), collected.shown, None, applied=False, finite=False)
         if not len(batch):
             return StepOutcome(
                 metrics | clock.metrics(), collected.shown, entropy.mean, applied=False, sampled=collected.first
             )
-        # of a batch that others sampled whole, the policy's own responses are the probes
-        disagreement = self._check_mismatch(*((batch, measured) if measured.logprobs else (probes, probed)))
-        with clock.phase("score"):
-            batch = method.weigh(batch, scores, scoring)
-            if config.rl.kl_coef:
-                batch = batch.with_extra(REF_LOGPROBS, scoring.reference(batch).logprobs)
-        with clock.phase("update"):
-            updates = self._update(batch, at)
         applied = any(u.applied for u in updates)
         if applied:
             with clock.phase("sync"):
                 self._policy.publish(self._policy.version + 1)
         metrics |= {
             **MetricSums.merged(u.sums for u in updates if u.finite).reduced(),
-            **{f"rollout/{name}": value for name, value in disagreement.items()},
-            **({"entropy/trained": measured.mean_entropy} if measured.entropies else {}),
+            **{f"rollout/{name}": value for name, value in measured.disagreement.items()},
+            **({"entropy/trained": measured.own.mean_entropy} if measured.own.entropies else {}),
             "rollout/staleness": self._staleness(collected.groups, applied),
             "optimizer/skipped_updates": float(sum(not u.applied for u in updates)),
             **method.metrics(),
@@ -116,6 +134,35 @@ class RLVRStage:
         metrics["throughput/tokens_per_s"] = batch.num_tokens / metrics["time/step_s"]
         finite = all(u.finite for u in updates)
         return StepOutcome(metrics, collected.shown, entropy.mean, applied, finite, sampled=collected.first)
+
+    def _scores_in_update(self, batch: TrainBatch) -> bool:
+        """Whether the batch needs no pass of its own: its only update reads it at the same weights."""
+        return (
+            self._method.scores_in_loss
+            and len(batch.minibatches(self._minibatch_size)) == 1
+            and all(s.on_policy for s in batch.sequences)
+        )
+
+    def _with_reference(self, batch: TrainBatch, scoring: _Scoring) -> TrainBatch:
+        if not self._config.rl.kl_coef:
+            return batch
+        return batch.with_extra(REF_LOGPROBS, scoring.reference(batch).logprobs)
+
+    def _measure(
+        self, collected: Collected, batch: TrainBatch, probes: TrainBatch, probed: Scores, scores: Scores
+    ) -> _Measured:
+        """
+        Raises:
+            ReheatError: engine and trainer disagree by more than `rollout.mismatch_limit`.
+        """
+        judged_tokens = self._config.judged_tokens
+        entropy = judge_entropy(collected, batch, scores, probes, probed, judged_tokens=judged_tokens)
+        own, disagreement = scores.of(batch), {}
+        finite = bool(np.isfinite(entropy.mean + scores.mean_entropy))
+        if finite and len(batch):
+            # of a batch that others sampled whole, the policy's own responses are the probes
+            disagreement = self._check_mismatch(*((batch, own) if own.logprobs else (probes, probed)))
+        return _Measured(entropy, own, finite, disagreement)
 
     def _check_mismatch(self, batch: TrainBatch, measured: Scores) -> dict[str, float]:
         """How far engine and trainer disagree on what the policy sampled."""
@@ -133,19 +180,32 @@ class RLVRStage:
         own = [trained - c.policy_version for g in groups for c in g.completions if c.sampler == POLICY]
         return float(np.mean(own or [0]))
 
-    def _update(self, batch: TrainBatch, at: At) -> list[UpdateResult]:
-        rl, optimizer, loss = self._config.rl, self._config.optimizer, self._method.loss(at)
+    @property
+    def _minibatch_size(self) -> int:
+        """Sequences of one update."""
+        rl = self._config.rl
+        return (rl.minibatch_prompts or rl.prompts_per_step) * rl.group_size
+
+    def _update(self, batch: TrainBatch, at: At, passes: Callable[[Scores], bool] | None = None) -> list[UpdateResult]:
+        """`passes` judges the scores of the only update, where that makes them, before the weights change."""
+        optimizer, loss = self._config.optimizer, self._method.loss(at)
+
+        def accept(_: object, scores: Scores | None) -> bool:
+            return passes is None or scores is None or passes(scores)
+
         return [
             self._policy.engine.update(
                 minibatch,
                 loss,
                 lr=optimizer.lr * min(1.0, (at.stage_step + 1) / max(optimizer.warmup_steps, 1)),
                 weight_decay=optimizer.weight_decay,
-                aggregation=rl.aggregation,
+                aggregation=self._config.rl.aggregation,
                 whole_sequences=self._method.whole_sequences,
+                score=passes is not None,
+                accept=accept,
                 views=self._method.views(minibatch),
                 taps=self._method.taps,
                 attention=self._method.attention(),
             )
-            for minibatch in batch.minibatches((rl.minibatch_prompts or rl.prompts_per_step) * rl.group_size)
+            for minibatch in batch.minibatches(self._minibatch_size)
         ]

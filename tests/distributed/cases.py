@@ -280,7 +280,25 @@ def _train_five_steps(folder: Path, **layout: Any) -> dict[str, Any]:
                 batch, loss, lr=1e-3, weight_decay=0.01, aggregation=layout.get("aggregation", "token_mean")
             )
             history.append(result.metrics)
-        return {"layout": layout, "metrics": history, "weights": {n: t.clone() for n, t in engine.iter_hf_weights()}}
+        weights = {n: t.clone() for n, t in engine.iter_hf_weights()}
+        return {"layout": layout, "metrics": history, "weights": weights, "alone": _scored_in_update(engine, grpo)}
+
+
+def _scored_in_update(engine: Any, loss: Any) -> list[Any]:
+    """Scores, metrics and weights of one update from the same state: of a batch that was scored before, and in the update."""
+    batch, before = random_batch(seed=20), engine.snapshot()
+    found = []
+    for in_update in (False, True):
+        engine.restore(before)
+        engine.reset_optimizer()
+        scores, scored = None, batch
+        if not in_update:
+            scores = engine.score(batch, temperature=0.9)
+            scored = batch.with_old_logprobs(scores.logprobs)
+        result = engine.update(scored, loss, lr=1e-3, weight_decay=0.01, score=in_update)
+        weights = {n: t.clone() for n, t in engine.iter_hf_weights()}
+        found.append((result.scores if in_update else scores, result.metrics, weights))
+    return found
 
 
 def checkpoint_round_trip(
@@ -398,7 +416,7 @@ def _updates(folder: Path, **layout: Any) -> dict[str, Any]:
         before = engine.snapshot()
         trained, moments = _state(engine), _moments(engine)
         bad = engine.update(batch, poisoned, lr=1e-2, weight_decay=0.0)
-        refused = engine.update(batch, sft_loss, lr=1e-2, weight_decay=0.0, accept=lambda metrics: False)
+        refused = engine.update(batch, sft_loss, lr=1e-2, weight_decay=0.0, accept=lambda metrics, scores: False)
         unchanged = _equal(_state(engine), trained) and _equal(_moments(engine), moments)
         good = engine.update(batch, sft_loss, lr=1e-2, weight_decay=0.0)
         moved = not _equal(_state(engine), trained)

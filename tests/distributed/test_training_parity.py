@@ -84,3 +84,20 @@ def test_sequence_mean_differs_from_token_mean_and_agrees_across_data_parallelis
     assert loss != pytest.approx(reference["metrics"][0]["policy/loss"], rel=1e-3)
     assert split["metrics"][0]["policy/loss"] == pytest.approx(loss, rel=1e-5)
     assert split["metrics"][4]["sft/loss"] == pytest.approx(alone["metrics"][4]["sft/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("world_size", RUNS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_update_that_scores_the_batch_itself_is_the_same_to_the_bit(trained, family, world_size):
+    for run in trained(world_size)[family]:
+        (scores, metrics, weights), (own_scores, own_metrics, own_weights) = run["alone"]
+        exact = run["layout"].get("fused_head", True)
+        for name in ("logprobs", "entropies"):
+            pairs = zip(getattr(own_scores, name), getattr(scores, name), strict=True)
+            assert all(
+                (own == expected).all() if exact else own == pytest.approx(expected, abs=1e-6)
+                for own, expected in pairs
+            )
+        assert len(own_scores.logprobs) == len(scores.logprobs) > 0 and metrics["policy/ratio"] == 1.0
+        assert own_metrics == (metrics if exact else pytest.approx(metrics, rel=1e-6, abs=1e-9)), run["layout"]
+        assert all((own_weights[name] == weights[name]).all() for name in weights) or not exact

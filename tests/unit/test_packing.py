@@ -84,7 +84,8 @@ def test_unpack_returns_response_values_by_sequence():
     micros = make_microbatches(batch, data_rank=0, data_size=1, microbatch_tokens=40, alignment=1)
     found = {}
     for micro in micros:
-        found.update(micro.unpack(micro.targets.float()))
+        rows = micro.by_sequence(micro.targets[micro.loss_mask.bool()].float())
+        found.update({index: values for index, (values,) in rows.items()})
     for i, s in enumerate(batch.sequences):
         assert found[i].tolist() == s.token_ids[s.num_prompt_tokens :].tolist()
 
@@ -93,7 +94,7 @@ def test_a_rank_without_sequences_gets_an_empty_micro_batch():
     micros = make_microbatches(_batch([6]), data_rank=1, data_size=2, microbatch_tokens=99, alignment=2)
     assert len(micros) == 1 and micros[0].sequence_indices == ()
     assert float(micros[0].loss_weights.sum()) == 0 and len(micros[0].tokens) == 2
-    assert micros[0].unpack(torch.zeros(2)) == {}
+    assert micros[0].by_sequence(torch.zeros(0)) == {}
 
 
 def test_sequence_mean_gives_every_response_the_same_weight():
@@ -121,7 +122,7 @@ def test_a_share_of_its_own_leaves_the_others_theirs_and_weighs_the_same_over_an
         )
         found = {False: 0.0, True: 0.0}
         for micro in micros:
-            for index, values in micro.unpack(micro.loss_weights).items():
+            for index, (values,) in micro.by_sequence(micro.loss_weights[micro.loss_mask.bool()]).items():
                 found[batch.sequences[index].share is not None] += float(values.sum())
         return found
 

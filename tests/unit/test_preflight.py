@@ -216,13 +216,15 @@ def test_check_states_the_host_memory_of_a_rollback() -> None:
     assert "rollback" not in printed(action="none")
 
 
-def test_a_reference_policy_costs_host_memory_and_a_second_scoring_pass() -> None:
+def test_a_reference_policy_costs_host_memory_and_a_scoring_pass() -> None:
     without, with_it = tiny(4), tiny(4, rl={"kl_coef": 0.1})
+    halves = tiny(4, rl={"minibatch_prompts": without.config.rl.prompts_per_step // 2})
+    assert without.rl_step()["score"] == 0.0  # the only update scores as well
     copied = 2 * TINY.num_parameters  # bfloat16, whole on every replica
     assert (without.reference_bytes(), with_it.reference_bytes()) == (0.0, copied)
     extra = with_it.rl_step()["score"] - without.rl_step()["score"]
     swaps = 4 * copied / with_it.gpu.constants.host_copy_bytes_s
-    assert extra == pytest.approx(without.rl_step()["score"] + swaps, rel=1e-9)
+    assert extra == pytest.approx(halves.rl_step()["score"] + swaps, rel=1e-9)
     assert with_it.memory() == without.memory()
     output = io.StringIO()
     check(configured(rl={"kl_coef": 0.1}), gpus=16, console=Console(file=output, width=120))
@@ -347,7 +349,7 @@ def test_the_last_line_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     assert "knee at" not in out and "main gradients (float32)" in out
     assert out.splitlines()[-1].startswith(
-        "fits: 70.0 of 79.1 GiB on each h100-80g; 543 RL steps take about 27.0 h; each round"
+        "fits: 70.0 of 79.1 GiB on each h100-80g; 543 RL steps take about 26.5 h; each round"
     )
     assert max(map(len, out.splitlines()[:-1])) <= 150
 
