@@ -9,11 +9,14 @@ that can only raise without a GPU. `install()` gives those, and nothing else, a 
    compiled functions are replaced, so it costs nothing at run time and holds in backward passes and in threads;
 4. Megatron's `_set_cuda_rng_state`, which defers to CUDA's lazy initialisation and would silently never run.
 
+And it has the C library keep memory that tensors gave back (`keep_memory`), as CUDA's allocator does.
+
 It is installed once, before a model is built, and only where there is no accelerator; a GPU run never sees it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import inspect
 import types
@@ -32,6 +35,12 @@ CUDA_LITERAL_MODULES = (
     "megatron.core.utils",
 )
 
+# glibc's mallopt() parameters (malloc.h): when freed memory at the heap's end goes back, by how much the heap grows, and from
+# which size on an allocation is a mapping of its own, which goes back whenever it is freed
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+LARGEST = 2**31 - 1  # bytes; the values are C ints
+HEAP_STEP = 1 << 28
+
 _installed = False
 
 
@@ -49,6 +58,7 @@ def install() -> bool:
         return False
     if _installed:
         return True
+    keep_memory()
     _give_cuda_functions_a_cpu_meaning()
     for name in CUDA_LITERAL_MODULES:
         if not _retarget_module(name):
@@ -66,6 +76,22 @@ def install() -> bool:
     megatron_random._set_cuda_rng_state = set_rng_state
     _installed = True
     return True
+
+
+def keep_memory() -> None:
+    """Has this process keep what tensors of up to 2 GiB gave back, for the next ones.
+
+    By default every large tensor is a mapping of its own, which the system hands out page by page, zeroed: a chunk of logits
+    then costs more to allocate than to fill. Does nothing where the C library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in (
+            (M_MMAP_THRESHOLD, LARGEST),
+            (M_TRIM_THRESHOLD, LARGEST),
+            (M_TOP_PAD, HEAP_STEP),
+        ):
+            mallopt(parameter, value)
 
 
 def _give_cuda_functions_a_cpu_meaning() -> None:

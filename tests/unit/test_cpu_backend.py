@@ -25,6 +25,17 @@ torch.cuda.manual_seed(7)
 assert torch.equal(first, torch.rand(3))
 """,
     "tensor_cuda": "x = torch.ones(2); assert x.cuda() is x",
+    # a tensor that is made again finds its memory where the last one left it: no page is handed out anew
+    "kept_memory": """
+import resource
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(16 << 20).fill_(1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+again = faults()
+assert again < 1000, f"{again} pages of 16384"
+""",
     "megatron_rng_tracker": """
 # Megatron's tracker forks named random states; without the patch its restore never runs and both draws continue one stream
 from megatron.core.tensor_parallel import random as R
@@ -85,7 +96,7 @@ def test_installed_behaviours(run):
     assert error is None, error
 
 
-@pytest.mark.parametrize("name", ["current_device", "tensor_cuda", "literals", "megatron_rng_tracker"])
+@pytest.mark.parametrize("name", ["current_device", "tensor_cuda", "literals", "kept_memory", "megatron_rng_tracker"])
 def test_behaviours_need_the_backend(run, name):
     """The same checks fail without it, so the test above can fail."""
     code = f"import torch\nfrom megatron_reheat.parallel import cpu\nexec({BEHAVIOURS[name]!r}, dict(torch=torch, cpu=cpu))"
