@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -41,6 +40,7 @@ from megatron_reheat.model.hf_weights import (
     whole_model_rules,
 )
 from megatron_reheat.model.hf_writer import write_hf_folder
+from megatron_reheat.model.packed_sequences import PackedSequences
 from megatron_reheat.model.provider import build_model, read_hf_config
 from megatron_reheat.parallel import topology as parallel_topology
 from megatron_reheat.parallel.topology import Topology
@@ -211,15 +211,9 @@ def megatron_reference(
 
 def _logits(model: GPTModel, tokens: Tensor) -> Tensor:
     """[L] -> [L, padded V]."""
-    borders = torch.tensor([0, len(tokens)], dtype=torch.int32)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=borders,
-        cu_seqlens_kv=borders,
-        max_seqlen_q=len(tokens),
-        max_seqlen_kv=len(tokens),
-    )
-    return model(tokens[None], torch.arange(len(tokens))[None], None, packed_seq_params=packed)[0]
+    borders, positions = torch.tensor([0, len(tokens)], dtype=torch.int32), torch.arange(len(tokens))
+    packed = PackedSequences.of(borders, len(tokens), positions, model.frequencies)
+    return model(tokens[None], positions[None], None, packed_seq_params=packed)[0]
 
 
 @torch.no_grad()

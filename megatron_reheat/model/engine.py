@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
@@ -30,6 +29,7 @@ from megatron_reheat.model.head import head_input, head_weight
 from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import HFExporter, load_hf_weights
 from megatron_reheat.model.master_weights import MasterWeights, Snapshot
+from megatron_reheat.model.packed_sequences import PackedSequences
 from megatron_reheat.model.provider import build_model, check_layout, read_hf_config
 from megatron_reheat.parallel.attention import Attention, AttentionTerm
 from megatron_reheat.parallel.head_loss import head_loss
@@ -296,7 +296,9 @@ class Engine:
                 micro.tokens[None],
                 micro.position_ids[None],
                 None,
-                packed_seq_params=_packed_seq_params(micro),
+                packed_seq_params=PackedSequences.of(
+                    micro.cu_seqlens, micro.max_seqlen, micro.position_ids, self.module.frequencies
+                ),
                 **fp32_output,
             )
             return output, partial(self._loss, partial(evaluate, index, micro))
@@ -404,13 +406,3 @@ class Engine:
 def _finalize_without_rescaling(model: Any, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     """Megatron's gradient reductions without its division by the token count: the loss already carries it."""
     finalize_model_grads(model, None, **kwargs)
-
-
-def _packed_seq_params(micro: MicroBatch) -> PackedSeqParams:
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=micro.cu_seqlens,
-        cu_seqlens_kv=micro.cu_seqlens,
-        max_seqlen_q=micro.max_seqlen,
-        max_seqlen_kv=micro.max_seqlen,
-    )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -21,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_reheat.model.backend import Backend
+from megatron_reheat.model.packed_sequences import PackedSequences
 
 
 def block_spec(config: TransformerConfig, backend: Backend) -> Any:
@@ -29,6 +28,7 @@ def block_spec(config: TransformerConfig, backend: Backend) -> Any:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.module = PackedSelfAttention
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
@@ -48,33 +48,24 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-class LengthClass(NamedTuple):
-    """Packed sequences that are attended as one padded block [S, L]: where each of their n tokens lies, [n] all.
+class PackedSelfAttention(SelfAttention):
+    """Megatron's self-attention, with queries and keys rotated by what the micro-batch knows of its positions.
 
-    `position` is a token's place in the packing, `row` and `column` that in the block.
+    Megatron's own rotation of packed sequences looks up the angles anew for every layer, and for queries and keys each.
     """
 
-    shape: tuple[int, int]
-    position: Tensor
-    row: Tensor
-    column: Tensor
+    _sequences: PackedSequences
 
+    def forward(self, *arguments: Any, packed_seq_params: PackedSequences, **options: Any) -> Any:
+        self._sequences = packed_seq_params
+        try:
+            return super().forward(*arguments, packed_seq_params=packed_seq_params, **options)
+        finally:
+            del self._sequences
 
-def length_classes(borders: Sequence[int], device: torch.device) -> Iterator[LengthClass]:
-    """Sequences whose lengths lie between the same powers of two, so that at most half of a block is padding.
-
-    In one block with a long sequence, short ones would cost as much as that one does.
-    """
-    members: dict[int, list[tuple[int, int]]] = {}
-    for start, end in itertools.pairwise(borders):
-        if end > start:
-            members.setdefault((end - start - 1).bit_length(), []).append((start, end - start))
-    for sequences in members.values():
-        starts, lengths = torch.tensor(sequences, device=device).T
-        count, longest = sum(n for _, n in sequences), max(n for _, n in sequences)
-        row = torch.repeat_interleave(torch.arange(len(sequences), device=device), lengths, output_size=count)
-        column = torch.arange(count, device=device) - (lengths.cumsum(0) - lengths)[row]
-        yield LengthClass((len(sequences), longest), starts[row] + column, row, column)
+    def get_query_key_value_tensors(self, *arguments: Any, **options: Any) -> Any:
+        query, key, value = super().get_query_key_value_tensors(*arguments, **options)
+        return self._sequences.rotated(query), self._sequences.rotated(key), value
 
 
 class PackedAttention(MegatronModule):
@@ -106,26 +97,12 @@ class PackedAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
         """query [T, heads, d], key and value [T, groups, d] -> [T, heads x d]."""
         assert packed_seq_params is not None and attention_bias is None
-        results, positions = [], []
-        for shape, position, row, column in length_classes(packed_seq_params.cu_seqlens_q.tolist(), query.device):
-            query_block, key_block, value_block = (
-                # [T, heads, d] -> [S, heads, L, d]
-                x.new_zeros(*shape, *x.shape[1:]).index_put((row, column), x[position]).transpose(1, 2)
-                for x in (query, key, value)
-            )
-            block = scaled_dot_product_attention(
-                query_block,
-                key_block,
-                value_block,
-                is_causal=True,
-                scale=self.scale,
-                enable_gqa=query.size(1) != key.size(1),
-            )
-            results.append(block.transpose(1, 2)[row, column])
-            positions.append(position)
-        out = torch.empty_like(query).index_copy(0, torch.cat(positions), torch.cat(results))
-        return out.reshape(query.size(0), -1)
+        attended = [
+            scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=q.size(1) != k.size(1))
+            for q, k, v in zip(*map(packed_seq_params.blocks, (query, key, value)), strict=True)
+        ]
+        return packed_seq_params.unblocked(attended).flatten(1)

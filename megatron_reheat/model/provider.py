@@ -364,6 +364,7 @@ def transformer_config(hf: Any, config: Config, backend: Backend) -> Transformer
 def build_model(hf: Any, config: Config, topology: Topology, backend: Backend) -> GPTModel:
     """This rank's part of the network, with Megatron's random initialisation."""
     megatron_config = transformer_config(hf, config, backend)
+    fused = backend.attention == "transformer_engine"  # and with it the rotary embedding
     model_class = HeadlessGPTModel if config.model.fused_head else GPTModel
     model = model_class(
         megatron_config,
@@ -373,8 +374,11 @@ def build_model(hf: Any, config: Config, topology: Topology, backend: Backend) -
         pre_process=topology.is_first_stage,
         post_process=topology.is_last_stage,
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type="rope" if fused else "none",
     )
     # Megatron computes the default kind and one of llama3's; what queries and keys are multiplied by is in softmax_scale
-    model.rotary_pos_emb.inv_freq = rotary_frequencies(hf)[0].to(topology.device)
+    frequencies = rotary_frequencies(hf)[0].to(topology.device)
+    if fused:
+        model.rotary_pos_emb.inv_freq = frequencies
+    model.frequencies = None if fused else frequencies  # for `PackedSequences`, whose layers rotate queries and keys
     return model.to(topology.device)

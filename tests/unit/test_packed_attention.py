@@ -7,12 +7,13 @@ import math
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_reheat.model.layers import PackedAttention, length_classes
+from megatron_reheat.model.layers import PackedAttention
+from megatron_reheat.model.packed_sequences import PackedSequences, length_classes
 
 HEADS, GROUPS, DIM = 4, 2, 8
 LENGTHS = [
@@ -27,15 +28,10 @@ def borders_of(lengths: list[int]) -> list[int]:
     return [0, *itertools.accumulate(lengths)]
 
 
-def packed(lengths: list[int]) -> PackedSeqParams:
+def packed(lengths: list[int], frequencies: Tensor | None = None) -> PackedSequences:
     borders = torch.tensor(borders_of(lengths), dtype=torch.int32)
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=borders,
-        cu_seqlens_kv=borders,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-    )
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return PackedSequences.of(borders, max(lengths), positions, frequencies)
 
 
 def attention(softmax_scale: float | None = None) -> PackedAttention:
@@ -81,3 +77,28 @@ def test_padding_is_less_than_half_of_every_block() -> None:
         assert math.prod(block.shape) < 2 * len(block.position)
     # all in one block would be 98 x 2048
     assert sum(math.prod(block.shape) for block in found) < 1.5 * sum(lengths)
+
+
+class OneRank:
+    """A context-parallel group of one, as far as Megatron's rotation asks."""
+
+    size = staticmethod(lambda: 1)
+    rank = staticmethod(lambda: 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_queries_and_keys_are_rotated_as_by_megatron_to_the_bit(lengths: list[int], dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    states = torch.randn(sum(lengths), HEADS, DIM).to(dtype).requires_grad_()
+    frequencies, weights = 1.0 / 1e4 ** (torch.arange(0, DIM, 2) / DIM), torch.randn(sum(lengths), HEADS, DIM).to(dtype)
+    sequences = packed(lengths, frequencies)
+    ours = sequences.rotated(states[:, None])[:, 0]
+    angles = torch.outer(torch.arange(max(lengths)).float(), frequencies)
+    table = torch.cat([angles, angles], dim=-1)[:, None, None]
+    config = attention().config
+    theirs = apply_rotary_pos_emb(states, table, config, cu_seqlens=sequences.cu_seqlens_q, cp_group=OneRank())
+    assert ours.dtype == dtype and torch.equal(ours, theirs)
+    assert torch.equal(ours, states) == (max(lengths) == 1)
+    gradients = [torch.autograd.grad((out * weights).sum(), states)[0] for out in (ours, theirs)]
+    assert torch.equal(*gradients)
