@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_reheat.analysis.tracks import Track, number, stage_name
@@ -31,7 +31,7 @@ class Estimate:
 class Evaluation:
     """One suite at one step; `suite` is empty for `eval.data`.
 
-    `border` says which stage begins or ends there; empty in the middle of a stage.
+    `border` says which stage begins or ends there, or forks; empty in the middle of a stage.
     """
 
     run: str
@@ -53,7 +53,7 @@ def evaluations(track: Track) -> list[Evaluation]:
     elapsed = track.elapsed_s()
     rows = []
     for i, record in enumerate(staged):
-        for suite in suites_of([record]):
+        for suite in _suites([record]):
             prefix = f"eval/{suite}/" if suite else "eval/"
             rows.append(
                 Evaluation(
@@ -73,8 +73,12 @@ def evaluations(track: Track) -> list[Evaluation]:
     return rows
 
 
-def suites_of(records: Sequence[Record]) -> list[str]:
-    """Names of what was evaluated, sorted; empty is `eval.data`'s."""
+def suites_of(tracks: Sequence[Track]) -> list[str]:
+    """Names of what was evaluated, sorted: `eval.data`, which has none, comes first."""
+    return _suites(record for track in tracks for record in track.records)
+
+
+def _suites(records: Iterable[Record]) -> list[str]:
     matches = (_METRIC.fullmatch(key) for record in records for key in record)
     return sorted({match["suite"] or "" for match in matches if match})
 
@@ -84,7 +88,7 @@ def _border(track: Track, staged: Sequence[Record], i: int) -> str:
     following = next((r for r in staged[i + 1 :] if r["step"] > step), None)
     before = [r for r in (*track.before, *staged[:i]) if "stage" in r and r["step"] < step]
     if following is None and track.is_trunk:
-        return "fork"
+        return f"fork in {stage_name(record)}"
     if following is None or stage_name(following) != stage_name(record):
         return f"end of {stage_name(record)}"
     if not before or stage_name(before[-1]) != stage_name(record):

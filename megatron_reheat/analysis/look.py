@@ -73,6 +73,15 @@ class Look:
 
 
 @dataclass(frozen=True)
+class Key:
+    """What a colour means; `style` is that of a line, None for a shade."""
+
+    label: str
+    colour: str
+    style: LineStyle | None
+
+
+@dataclass(frozen=True)
 class Scene:
     """What every panel is drawn from."""
 
@@ -99,15 +108,19 @@ class Scene:
     def has_several_arms(self) -> bool:
         return sum(not track.is_trunk for track in self.tracks) > 1
 
-    @property
-    def stages(self) -> set[str]:
-        return {span.stage for track in self.tracks for span in track.spans()}
-
-    @property
-    def reheat_shade(self) -> str:
-        """Of all runs together: muted where each has its own."""
-        shades = {look.shade for track, look in self if any(span.stage == "reheat" for span in track.spans())}
-        return shades.pop() if len(shades) == 1 else self.theme.muted
+    def legend(self) -> list[Key]:
+        """The runs, and the stages that are shaded."""
+        keys = [Key(track.name, look.colour, look.style) for track, look in self]
+        stages = {span.stage for track in self.tracks for span in track.spans()}
+        if "reheat" in stages:
+            shades = {look.shade for track, look in self if any(span.stage == "reheat" for span in track.spans())}
+            if len(shades) == 1:
+                keys.append(Key("reheat stage", shades.pop(), None))
+            else:
+                keys.append(Key("reheat stage (run's colour)", self.theme.muted, None))
+        if "sft" in stages:
+            keys.append(Key("sft stage", self.theme.sft_shade, None))
+        return keys
 
     def __iter__(self) -> Iterator[tuple[Track, Look]]:
         return zip(self.tracks, self.looks, strict=True)

@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from megatron_reheat.analysis.evaluations import suites_of
 from megatron_reheat.analysis.look import TIME_PARTS, LineStyle, Look, Scene, shorten
 from megatron_reheat.analysis.tracks import RealArray, Track, number, trailing_mean, visible_steps
 
@@ -59,17 +60,22 @@ def draw_reward(ax: Axes, scene: Scene) -> None:
     _share_steps(ax, scene)
 
 
-def draw_evaluation(ax: Axes, scene: Scene, suite: str = "") -> None:
-    """avg@k and pass@k with their 95% intervals; `suite` is empty for `eval.data`."""
+def draw_evaluation(ax: Axes, scene: Scene, suite: str | None = None) -> None:
+    """avg@k and pass@k with their 95% intervals; of the first suite, which is `eval.data` where there is one."""
+    if suite is None:
+        suite = next(iter(suites_of(scene.tracks)), "")
     prefix = f"eval/{suite}/" if suite else "eval/"
     title = f"Held-out: {shorten(suite, 24)}" if suite else "Held-out evaluation"
-    samples = {track.num_samples(suite) for track in scene.tracks} - {None}
+    logged = [
+        track for track in scene.tracks if any(track.has(f"{prefix}{name}") for name in ("avg_at_k", "pass_at_k"))
+    ]
+    samples = {track.num_samples(suite) for track in logged} - {None}
     k = str(samples.pop()) if len(samples) == 1 else "k"
     kinds: list[tuple[str, str, LineStyle, str]] = [
         (f"{prefix}avg_at_k", f"avg@{k}", "-", "o"),
         (f"{prefix}pass_at_k", f"pass@{k}", (0, (3, 2)), "s"),
     ]
-    if not any(track.has(metric) for metric, *_ in kinds for track in scene.tracks):
+    if not logged:
         _say_empty(ax, scene, title, f"{prefix}avg_at_k, {prefix}pass_at_k")
         return
     for metric, _, style, marker in kinds:
@@ -188,7 +194,7 @@ def _stack_by_arm(ax: Axes, arms: Sequence[Track], parts: Sequence[tuple[str, st
         ax.barh(range(len(arms)), means, left=left, color=colour, height=0.42)
         left += means
     for row, track in enumerate(arms):
-        ax.text(0, row - 0.25, shorten(track.name, 40), va="bottom", fontsize=9.5)
+        ax.text(0, row - 0.25, shorten(track.name, 40), va="bottom", fontsize=9.5, clip_on=True)
     ax.set_yticks([])
     ax.set_ylim(len(arms) - 0.6, -0.7 - 0.35 * len(arms))  # room for the key on top
     ax.grid(axis="y", visible=False)

@@ -16,7 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from PIL import Image
 
-from megatron_reheat.analysis.look import DARK, DPI, LIGHT, Scene, shorten, style
+from megatron_reheat.analysis.evaluations import suites_of
+from megatron_reheat.analysis.look import DARK, DPI, LIGHT, Key, Scene, shorten, style
 from megatron_reheat.analysis.panels import PANELS, draw_evaluation
 from megatron_reheat.analysis.tracks import Track
 
@@ -57,18 +58,18 @@ def draw_report(tracks: Sequence[Track]) -> bytes:
         axes: dict[str, Axes] = figure.subplot_mosaic(LAYOUT, height_ratios=[1.2, 1.1, 1.0])
         for name, ax in axes.items():
             PANELS[name](ax, scene)
-        handles = _legend(scene)
+        handles = [_handle(key) for key in scene.legend()]
         longest = max(len(str(handle.get_label())) for handle in handles)
         columns = 6 if longest <= 18 else 4 if longest <= 28 else 3
         figure.legend(handles=handles, loc="outside upper left", ncols=columns, fontsize=10.5)
         return _png(figure)
 
 
-def draw_panels(tracks: Sequence[Track], suites: Sequence[str] = ()) -> list[Panel]:
-    """Each panel as pictures of its own, and one for every suite of evaluations; the page says which colour is whose."""
+def draw_panels(tracks: Sequence[Track]) -> list[Panel]:
+    """Each panel as pictures of its own, and one for every further suite; the page says which colour is whose."""
     scenes = [Scene.of(tracks, theme) for theme in (LIGHT, DARK)]
     drawings: dict[str, Callable[[Axes, Scene], None]] = dict(PANELS)
-    drawings |= {f"evaluation of {suite}": partial(draw_evaluation, suite=suite) for suite in suites}
+    drawings |= {f"evaluation of {suite}": partial(draw_evaluation, suite=suite) for suite in suites_of(tracks)[1:]}
     panels = []
     for name, draw in drawings.items():
         title, picture = _draw_alone(draw, scenes, PANEL_INCHES)
@@ -100,13 +101,8 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _legend(scene: Scene) -> list[Line2D | Patch]:
-    handles: list[Line2D | Patch] = [
-        Line2D([], [], color=look.colour, linestyle=look.style, linewidth=2.5, label=shorten(track.name, 32))
-        for track, look in scene
-    ]
-    if "reheat" in scene.stages:
-        handles.append(Patch(color=scene.reheat_shade, alpha=0.3, linewidth=0, label="reheat stage"))
-    if "sft" in scene.stages:
-        handles.append(Patch(color=scene.theme.sft_shade, alpha=0.2, linewidth=0, label="sft stage"))
-    return handles
+def _handle(key: Key) -> Line2D | Patch:
+    label = shorten(key.label, 32)
+    if key.style is None:
+        return Patch(color=key.colour, alpha=0.3, linewidth=0, label=label)
+    return Line2D([], [], color=key.colour, linestyle=key.style, linewidth=2.5, label=label)

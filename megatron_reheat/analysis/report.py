@@ -12,9 +12,9 @@ from pathlib import Path
 
 import yaml
 
-from megatron_reheat.analysis.evaluations import Estimate, Evaluation, evaluations, suites_of
+from megatron_reheat.analysis import samples
+from megatron_reheat.analysis.evaluations import Estimate, Evaluation, evaluations
 from megatron_reheat.analysis.look import DARK, LIGHT, LineStyle, Scene
-from megatron_reheat.analysis.samples import sampled_steps
 from megatron_reheat.analysis.tracks import Track, load_tracks
 from megatron_reheat.console import duration
 from megatron_reheat.errors import ReheatError
@@ -27,15 +27,6 @@ TEMPLATE = Path(__file__).parent / "report.html.j2"
 class ReportPaths:
     png: Path
     html: Path
-
-
-@dataclass(frozen=True)
-class Key:
-    """What a colour means. `colours` are those of light and dark; `dashes` is empty for a solid line, None for a shade."""
-
-    label: str
-    colours: tuple[str, str]
-    dashes: str | None
 
 
 @dataclass(frozen=True)
@@ -91,43 +82,31 @@ def _page(tracks: Sequence[Track]) -> str:
     environment.filters |= {
         "decimals": _decimals,
         "interval": _interval,
+        "dashes": _dashes,
         "duration": lambda seconds: "-" if seconds is None else duration(seconds),
         "data_url": lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}",
         "yaml": lambda tree: yaml.safe_dump(tree, sort_keys=False),
     }
     rows = [row for track in tracks for row in evaluations(track)]
-    suites = [suite for suite in suites_of([r for track in tracks for r in track.records]) if suite]
     return environment.get_template(TEMPLATE.name).render(
         title=", ".join(track.name for track in tracks if not track.is_trunk) or tracks[0].name,
         last_step=max(r["step"] for track in tracks for r in track.records),
         themes={"light": LIGHT, "dark": DARK},
-        keys=_keys(tracks),
-        panels=draw_panels(tracks, suites),
+        keys=list(zip(*(Scene.of(tracks, theme).legend() for theme in (LIGHT, DARK)), strict=True)),
+        panels=draw_panels(tracks),
         evaluations=rows,
         k=_common_k(rows),
         runs=[_run_row(track) for track in tracks],
-        samples=[(track, sampled_steps(track)) for track in tracks],
+        limits=samples,
+        samples=[(track, samples.sampled_steps(track)) for track in tracks],
         events=[(track.name, step, text) for track in tracks for step, text in track.events()],
         tracks=tracks,
     )
 
 
-def _keys(tracks: Sequence[Track]) -> list[Key]:
-    light, dark = (Scene.of(tracks, theme) for theme in (LIGHT, DARK))
-    keys = [
-        Key(track.name, (bright.colour, dim.colour), _dashes(bright.style))
-        for (track, bright), (_, dim) in zip(light, dark, strict=True)
-    ]
-    if "reheat" in light.stages:
-        keys.append(Key("reheat stage", (light.reheat_shade, dark.reheat_shade), None))
-    if "sft" in light.stages:
-        keys.append(Key("sft stage", (LIGHT.sft_shade, DARK.sft_shade), None))
-    return keys
-
-
 def _dashes(style: LineStyle, width: float = 3.0) -> str:
     """matplotlib's dashes, in line widths, as SVG's."""
-    return "" if isinstance(style, str) else " ".join(f"{width * length:g}" for length in style[1])
+    return "none" if isinstance(style, str) else " ".join(f"{width * length:g}" for length in style[1])
 
 
 def _common_k(rows: Sequence[Evaluation]) -> int | None:

@@ -135,7 +135,7 @@ class Page(HTMLParser):
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of the page's text: drawing takes seconds."""
     monkeypatch.setattr(plots, "draw_report", lambda tracks: b"")
-    monkeypatch.setattr(plots, "draw_panels", lambda tracks, suites: [])
+    monkeypatch.setattr(plots, "draw_panels", lambda tracks: [])
 
 
 def test_spans_cover_the_steps_between_records() -> None:
@@ -206,6 +206,15 @@ def test_evaluations_name_the_borders(tmp_path: Path) -> None:
     assert (rows[0].suite, rows[0].k, rows[0].entropy, rows[0].response_length) == ("", 4, 0.1, None)
 
 
+def test_an_evaluation_at_the_fork_is_the_trunks(tmp_path: Path) -> None:
+    trunk = write_run(tmp_path / "trunk", [line(s, eval__avg_at_k=s / 10) for s in (1, 2, 3)])
+    arm = write_run(tmp_path / "arm", [line(3, eval__avg_at_k=0.4), line(4)], fork_from=str(trunk))
+    rows = [row for track in load_tracks([arm]) for row in evaluations(track)]
+    assert [(r.run, r.step, r.border) for r in rows] == [
+        ("trunk (trunk)", 1, "start of rlvr"), ("trunk (trunk)", 2, "fork in rlvr"), ("arm", 3, ""),
+    ]  # fmt: skip
+
+
 def test_suites_have_rows_of_their_own(tmp_path: Path) -> None:
     """Metrics made up: a suite has its own k where config.yaml says one, and a name may hold anything."""
     suite = {"eval/math-hard/avg_at_k": 0.25, "eval/math-hard/avg_at_k_low": 0.2, "eval/math-hard/avg_at_k_high": 0.3}
@@ -222,9 +231,9 @@ def test_suites_have_rows_of_their_own(tmp_path: Path) -> None:
 
     html = write_report([folder]).html
     table = [row for row in Page(html.read_text()).rows if row[0] in ("run", str(folder.name))][:5]
-    assert table[0] == ["run", "step", "stage", "at", "suite", "k", "avg@k", "pass@k", "entropy", "tokens", "elapsed"]
-    assert table[1][4:7] == ["eval.data", "4", "0.500 "] and table[1][9] == "12.0"
-    assert table[3][4:8] == ["math-hard", "16", "0.250 [0.200, 0.300]", "- "]
+    assert table[0] == ["run", "step", "stage", "suite", "k", "avg@k", "pass@k", "entropy", "tokens", "elapsed"]
+    assert table[1][3:6] == ["eval.data", "4", "0.500 "] and table[1][8] == "12.0"
+    assert table[3][3:7] == ["math-hard", "16", "0.250 [0.200, 0.300]", "- "]
     assert len(pictures(html)) == 2 * (len(PANELS) + 2) + 2  # a panel for each suite, the widest drawn twice
 
 
@@ -234,9 +243,17 @@ def test_intervals_are_drawn_where_they_were_logged(tmp_path: Path) -> None:
     tracks = load_tracks([write_run(tmp_path / "run", lines)])
     ax = Figure().subplots()
     draw_evaluation(ax, Scene.of(tracks))
+    assert ax.get_title() == "Held-out evaluation"
     (bars,) = ax.collections
     assert [segment.tolist() for segment in bars.get_segments()] == [[[1, 0.4], [1, 0.7]]]
     assert ax.get_ylim()[0] < 0.4 and ax.get_ylim()[1] > 0.7
+
+
+def test_a_suite_stands_for_evaluations_where_eval_data_is_empty(tmp_path: Path) -> None:
+    lines = [line(1, **{"eval/hard/avg_at_k": 0.5, "eval/later/avg_at_k": 0.5})]
+    ax = Figure().subplots()
+    draw_evaluation(ax, Scene.of(load_tracks([write_run(tmp_path / "run", lines)])))
+    assert ax.get_title() == "Held-out: hard" and ax.axison
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -266,9 +283,9 @@ def test_report_is_self_contained(tmp_path: Path) -> None:
     assert "&lt;/pre&gt;&lt;script&gt;1&lt;/script&gt;\\ud800" in page
     assert "collapse_below: 0.08" in page
     rows = Page(paths.html.read_text()).rows
-    assert rows[0][4:6] == ["avg@4", "pass@4"]
-    reheated = next(row for row in rows if row[3] == "end of reheat round 1")
-    assert reheated[4:7] == ["0.575 [0.525, 0.625]", "0.767 ", "0.1000"]
+    assert rows[0][3:5] == ["avg@4", "pass@4"]
+    reheated = next(row for row in rows if row[2] == "end of reheat round 1")
+    assert reheated[3:6] == ["0.575 [0.525, 0.625]", "0.767 ", "0.1000"]
 
 
 def test_panels_follow_the_screen_and_its_colours(tmp_path: Path) -> None:
