@@ -29,7 +29,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_reheat", "megatron_reheat.*"]),
-    package_data={"megatron_reheat": ["py.typed"], "megatron_reheat.cluster": ["*.template"]},
+    package_data={
+        "megatron_reheat": ["py.typed"],
+        "megatron_reheat.analysis": ["*.j2"],
+        "megatron_reheat.cluster": ["*.template"],
+    },
     cmdclass={"build_py": BuildWithRecipes},
     install_requires=[
         "aiohttp",
@@ -62,14 +66,16 @@ setup(
         "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]"],
         # procedural tasks, `reheat report`, and where metrics go
         "gym": ["reasoning-gym"],
-        "report": ["matplotlib"],
+        "report": ["jinja2", "matplotlib", "pillow"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
         "dev": [
             "hypothesis",
+            "jinja2",
             "jsonschema",
             "matplotlib",
             "mypy",
+            "pillow",
             "pytest",
             "pytest-xdist",
             "reasoning-gym",

@@ -35,7 +35,8 @@ def _seconds(value: float) -> str:
     return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`2h05`, or `4:05` minutes."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}h{minutes % 60:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
@@ -53,7 +54,7 @@ COLUMNS = (
     Column("score", 6, "time/score_s", _seconds, 5),
     Column("update", 7, "time/update_s", _seconds, 4),
     Column("sync", 6, "time/sync_s", _seconds, 5),
-    Column("left", 7, LEFT, _duration),
+    Column("left", 7, LEFT, duration),
 )
 EVAL_COLUMNS = (("avg@{k}", "avg_at_k"), ("pass@{k}", "pass_at_k"), ("entropy", "entropy"))
 

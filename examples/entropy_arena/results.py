@@ -15,7 +15,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_reheat.analysis.plots import ARM_COLOURS, DPI, STYLE
+from megatron_reheat.analysis.look import DPI, LIGHT, style
 from megatron_reheat.analysis.tracks import stage_spans
 
 BASELINE = "grpo"
@@ -196,7 +196,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     """Every quantity as a mean with its interval, methods down the side."""
     shown = [row for row in rows(results) if row.values]
     methods = list(dict.fromkeys(row.method for row in shown))
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(style()):
         figure = Figure(figsize=(13.0, 2.2 + 0.62 * len(methods)), dpi=DPI, layout="constrained")
         axes = figure.subplots(2, 3, sharey=True)
         for i, (ax, quantity) in enumerate(zip(axes.flat, quantities(max(r.k for r in results)), strict=True)):
@@ -216,7 +216,7 @@ def _draw_quantity(ax: Axes, title: str, points: Sequence[tuple[int, bool, Mean]
             [y for y, _ in mine],
             xerr=[mean.half if math.isfinite(mean.half) else 0.0 for _, mean in mine],
             fmt="s" if reheat else "o",
-            color=ARM_COLOURS[reheat],
+            color=LIGHT.arms[reheat],
             markersize=4.5,
             elinewidth=1.4,
             label="with reheating" if reheat else "without",

@@ -1,40 +1,26 @@
-"""`reheat report`: one figure and one self-contained page about a run, or about several runs as arms."""
+"""`reheat report`: one figure and one self-contained page about a run, or about several runs as arms.
+
+What the page says is prepared here, how it looks stands in `report.html.j2`.
+"""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from megatron_reheat.analysis import samples
+from megatron_reheat.analysis.evaluations import Estimate, Evaluation, evaluations
+from megatron_reheat.analysis.look import DARK, LIGHT, LineStyle, Scene
 from megatron_reheat.analysis.tracks import Track, load_tracks
+from megatron_reheat.console import duration
 from megatron_reheat.errors import ReheatError
-from megatron_reheat.run_folder import Record, RunFolder, write_atomically
+from megatron_reheat.run_folder import RunFolder, write_atomically
 
-EVAL_METRICS = ("eval/avg_at_k", "eval/pass_at_k", "eval/entropy")
-
-CSS = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; background: #fff; max-width: 1180px; margin: 2.5rem auto;
-  padding: 0 1.25rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .25rem; }
-h2 { font-size: 1.1rem; margin: 2.25rem 0 .5rem; }
-p.note { color: #59636e; margin: 0 0 1.25rem; }
-img { width: 100%; height: auto; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid #e4e7ea; vertical-align: top; }
-th { font-weight: 600; border-bottom: 2px solid #c9ced3; white-space: nowrap; }
-td.number, th.number { text-align: right; }
-tr.border td { font-weight: 600; }
-tr.plain td { color: #59636e; }
-pre { background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: 13px; line-height: 1.4; }
-summary { cursor: pointer; padding: .25rem 0; }
-"""
+TEMPLATE = Path(__file__).parent / "report.html.j2"
 
 
 @dataclass(frozen=True)
@@ -44,14 +30,16 @@ class ReportPaths:
 
 
 @dataclass(frozen=True)
-class EvalRow:
-    """One evaluation. `border` says which stage begins or ends there; empty in the middle of a stage."""
-
+class RunRow:
     run: str
-    step: int
-    stage: str
-    border: str
-    values: tuple[float | None, ...]
+    steps: str
+    elapsed_s: float | None
+    reheat_rounds: int
+    reheat_steps: int
+    lowest_entropy: float | None
+    last_entropy: float | None
+    last_accuracy: float | None
+    last_tokens_per_s: float | None
 
 
 def write_report(run_folders: Sequence[Path], out: Path | None = None) -> ReportPaths:
@@ -62,134 +50,94 @@ def write_report(run_folders: Sequence[Path], out: Path | None = None) -> Report
     """
     tracks = load_tracks(run_folders)
     try:
-        from megatron_reheat.analysis.plots import draw_report
-    except ImportError:
-        raise ReheatError("a report needs matplotlib; pip install matplotlib") from None
-    png = draw_report(tracks)
-    page = _page(tracks, png)
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ReheatError(f"a report needs {error.name}; pip install 'megatron-reheat[report]'") from None
+    from megatron_reheat.analysis.plots import draw_report
+
+    png, page = draw_report(tracks), _page(tracks)
     folder = RunFolder(Path(run_folders[0])).report if out is None else Path(out)
     stem = "report" if len(run_folders) == 1 else "comparison"
     paths = ReportPaths(folder / f"{stem}.png", folder / f"{stem}.html")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(paths.png, png)
-        write_atomically(paths.html, page.encode())
+        # what a model writes may hold a lone surrogate, which no encoding has
+        write_atomically(paths.html, page.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise ReheatError(f"cannot write the report to {folder}: {error.strerror}; choose another folder") from None
     return paths
 
 
-def eval_rows(track: Track) -> list[EvalRow]:
-    """Evaluations in step order, with the stage border that each one lies on."""
-    staged = [r for r in track.records if "stage" in r]
-    rows = []
-    for i, record in enumerate(staged):
-        if not any(name in record for name in EVAL_METRICS):
-            continue
-        step = record["step"]
-        following = next((r for r in staged[i + 1 :] if r["step"] > step), None)
-        before = [r for r in (*track.before, *staged[:i]) if "stage" in r and r["step"] < step]
-        previous = before[-1] if before else None
-        if following is None and track.is_trunk:
-            border = "fork"
-        elif following is None or _stage(following) != _stage(record):
-            border = f"end of {_stage(record)}"
-        elif previous is None or _stage(previous) != _stage(record):
-            border = f"start of {_stage(record)}"
-        else:
-            border = ""
-        values = tuple(record.get(name) for name in EVAL_METRICS)
-        rows.append(EvalRow(track.name, step, _stage(record), border, values))
-    return rows
+def _page(tracks: Sequence[Track]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    from megatron_reheat.analysis.plots import draw_panels
 
-def _stage(record: Record) -> str:
-    return f"{record['stage']} round {record['round']}" if record.get("round") else str(record["stage"])
-
-
-def _page(tracks: Sequence[Track], png: bytes) -> str:
-    names = ", ".join(track.name for track in tracks if not track.is_trunk) or tracks[0].name
-    last = max(r["step"] for track in tracks for r in track.records)
-    image = base64.b64encode(png).decode()
-    events = [(track.name, step, text) for track in tracks for step, text in track.events()]
-    return "\n".join(
-        [
-            "<!doctype html>",
-            f'<html lang="en"><head><meta charset="utf-8"><title>{escape(names)}</title><style>{CSS}</style></head>',
-            f"<body><h1>{escape(names)}</h1>",
-            f'<p class="note">Up to step {last}. Entropy in nats, over the response tokens.</p>',
-            f'<img alt="Metrics over steps" src="data:image/png;base64,{image}">',
-            "<h2>Evaluations</h2>",
-            _eval_table(tracks),
-            "<h2>Runs</h2>",
-            _run_table(tracks),
-            "<h2>Events</h2>",
-            _table(["run", "step", "event"], events, numeric={1}) if events else "<p>No events.</p>",
-            "<h2>Configuration</h2>",
-            *(_config_block(track) for track in tracks),
-            "</body></html>\n",
-        ]
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "decimals": _decimals,
+        "interval": _interval,
+        "dashes": _dashes,
+        "duration": lambda seconds: "-" if seconds is None else duration(seconds),
+        "data_url": lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}",
+        "yaml": lambda tree: yaml.safe_dump(tree, sort_keys=False),
+    }
+    rows = [row for track in tracks for row in evaluations(track)]
+    return environment.get_template(TEMPLATE.name).render(
+        title=", ".join(track.name for track in tracks if not track.is_trunk) or tracks[0].name,
+        last_step=max(r["step"] for track in tracks for r in track.records),
+        themes={"light": LIGHT, "dark": DARK},
+        keys=list(zip(*(Scene.of(tracks, theme).legend() for theme in (LIGHT, DARK)), strict=True)),
+        panels=draw_panels(tracks),
+        evaluations=rows,
+        k=_common_k(rows),
+        runs=[_run_row(track) for track in tracks],
+        limits=samples,
+        samples=[(track, samples.sampled_steps(track)) for track in tracks],
+        events=[(track.name, step, text) for track in tracks for step, text in track.events()],
+        tracks=tracks,
     )
 
 
-def _eval_table(tracks: Sequence[Track]) -> str:
-    rows = [row for track in tracks for row in eval_rows(track)]
-    if not rows:
-        return "<p>No evaluations were logged (eval.every, eval.data).</p>"
-    samples = {track.setting("eval", "num_samples") for track in tracks} - {None}
-    k = samples.pop() if len(samples) == 1 else "k"
-    header = ["run", "step", "stage", "at", f"avg@{k}", f"pass@{k}", "entropy"]
-    cells = [(r.run, r.step, r.stage, r.border, *(_number(v) for v in r.values)) for r in rows]
-    return _table(header, cells, numeric={1, 4, 5, 6}, classes=["border" if r.border else "plain" for r in rows])
+def _dashes(style: LineStyle, width: float = 3.0) -> str:
+    """matplotlib's dashes, in line widths, as SVG's."""
+    return "none" if isinstance(style, str) else " ".join(f"{width * length:g}" for length in style[1])
 
 
-def _run_table(tracks: Sequence[Track]) -> str:
-    header = ["run", "steps", "reheat rounds", "reheat steps", "lowest entropy", "last entropy", "last accuracy"]
-    cells = []
-    for track in tracks:
-        reheats = [span for span in track.spans() if span.stage == "reheat"]
-        entropy = _values(track, "entropy/mean")
-        accuracy = _values(track, "reward/accuracy")
-        steps = [r["step"] for r in track.records if "stage" in r] or [track.records[0]["step"]]
-        cells.append(
-            (
-                track.name,
-                f"{steps[0]}-{steps[-1]}",
-                len(reheats),
-                sum(span.end - span.start for span in reheats),
-                _number(min(entropy, default=None)),
-                _number(entropy[-1] if entropy else None),
-                _number(accuracy[-1] if accuracy else None),
-            )
-        )
-    return _table(header, cells, numeric={1, 2, 3, 4, 5, 6})
+def _common_k(rows: Sequence[Evaluation]) -> int | None:
+    """k of avg@k where it is the same everywhere; otherwise each row says its own."""
+    ks = {row.k for row in rows}
+    return ks.pop() if len(ks) == 1 else None
 
 
-def _config_block(track: Track) -> str:
-    text = yaml.safe_dump(track.config, sort_keys=False) if track.config else "no config.yaml"
-    title = escape(f"{track.name}: {track.folder}")
-    return f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>"
+def _run_row(track: Track) -> RunRow:
+    def last(metric: str) -> float | None:
+        values = track.values(metric)
+        return values[-1] if values else None
+
+    reheats = [span for span in track.spans() if span.stage == "reheat"]
+    steps = [r["step"] for r in track.records if "stage" in r] or [track.records[0]["step"]]
+    return RunRow(
+        run=track.name,
+        steps=f"{steps[0]}-{steps[-1]}",
+        elapsed_s=max(track.elapsed_s().values(), default=None),
+        reheat_rounds=len(reheats),
+        reheat_steps=sum(span.end - span.start for span in reheats),
+        lowest_entropy=min(track.values("entropy/mean"), default=None),
+        last_entropy=last("entropy/mean"),
+        last_accuracy=last("reward/accuracy"),
+        last_tokens_per_s=last("throughput/tokens_per_s"),
+    )
 
 
-def _table(
-    header: Sequence[str], rows: Iterable[Sequence[Any]], numeric: set[int], classes: Sequence[str] | None = None
-) -> str:
-    def cell(tag: str, i: int, value: Any) -> str:
-        attribute = ' class="number"' if i in numeric else ""
-        return f"<{tag}{attribute}>{escape(str(value))}</{tag}>"
-
-    lines = ['<div class="scroll"><table>']
-    lines.append(f"<tr>{''.join(cell('th', i, title) for i, title in enumerate(header))}</tr>")
-    for number, row in enumerate(rows):
-        attribute = f' class="{classes[number]}"' if classes else ""
-        lines.append(f"<tr{attribute}>{''.join(cell('td', i, value) for i, value in enumerate(row))}</tr>")
-    lines.append("</table></div>")
-    return "\n".join(lines)
+def _decimals(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def _values(track: Track, metric: str) -> list[float]:
-    return [r[metric] for r in track.records if r.get(metric) is not None]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _interval(estimate: Estimate) -> str:
+    return "" if estimate.low is None else f"[{estimate.low:.3f}, {estimate.high:.3f}]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_reheat.errors import ReheatError
+from megatron_reheat.errors import ReheatError, printable
 from megatron_reheat.run_folder import Record, Segment, read_config_tree, read_segments
 
 RealArray = NDArray[np.float64]
@@ -38,11 +39,35 @@ class Track:
     records: tuple[Record, ...]
     is_trunk: bool
 
-    def setting(self, section: str, key: str) -> Any:
-        return (self.config.get(section) or {}).get(key)
+    def setting(self, *keys: str) -> Any:
+        """What config.yaml says under `keys`, None where it says nothing."""
+        value: Any = self.config
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def num_samples(self, suite: str = "") -> int | None:
+        """k of an evaluation's avg@k and pass@k; `suite` is empty for `eval.data`."""
+        own = self.setting("eval", "suites", suite, "num_samples") if suite else None
+        k = number(self.setting("eval", "num_samples") if own is None else own)
+        return None if k is None else int(k)
 
     def has(self, metric: str) -> bool:
-        return any(r.get(metric) is not None for r in self.records)
+        return any(number(r.get(metric)) is not None for r in self.records)
+
+    def values(self, metric: str) -> list[float]:
+        """In step order, without what is missing or null."""
+        return [value for r in self.records if (value := number(r.get(metric))) is not None]
+
+    def elapsed_s(self) -> dict[int, float]:
+        """Wall-clock seconds from the beginning of the track's first step to the end of each, pauses included."""
+        stamped = [(r["step"], when, r) for r in self.records if (when := number(r.get("time/unix_s"))) is not None]
+        if not stamped:
+            return {}
+        _, first, record = stamped[0]
+        # a line is written when its step is over
+        began = first - sum(number(record.get(f"time/{part}_s")) or 0.0 for part in ("step", "eval"))
+        return {step: max(when - began, 0.0) for step, when, _ in stamped}
 
     def series(self, metric: str, window: int = 1) -> tuple[RealArray, RealArray]:
         """Steps and values [N] of this track, begun at the last point of `before` so that lines meet.
@@ -52,7 +77,8 @@ class Track:
         logged = [(r["step"], r[metric]) for r in (*self.before, *self.records) if metric in r]
         num_before = sum(metric in r for r in self.before)
         steps = np.array([step for step, _ in logged], dtype=np.float64)
-        values = np.array([np.nan if value is None else value for _, value in logged], dtype=np.float64)
+        finite = [number(value) for _, value in logged]
+        values = np.array([np.nan if value is None else value for value in finite], dtype=np.float64)
         first = max(num_before - 1, 0)
         return steps[first:], trailing_mean(values, window)[first:]
 
@@ -62,6 +88,15 @@ class Track:
 
     def events(self) -> list[tuple[int, str]]:
         return [(r["step"], str(r["event"])) for r in self.records if r.get("event")]
+
+
+def number(value: Any) -> float | None:
+    """None for a null, and for all else that is no finite number."""
+    return float(value) if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None
+
+
+def stage_name(record: Record) -> str:
+    return f"{record['stage']} round {record['round']}" if record.get("round") else str(record["stage"])
 
 
 def stage_spans(records: Sequence[Record], begin: int | None = None) -> list[Span]:
@@ -92,6 +127,19 @@ def trailing_mean(values: RealArray, window: int) -> RealArray:
         if np.isfinite(values[i]):
             smoothed[i] = np.nanmean(recent)
     return smoothed
+
+
+def visible_steps(tracks: Sequence[Track]) -> tuple[float, float]:
+    """First and last step to show: a long sft warm start is cut so that it takes a tenth of the width, at most."""
+    spans = [span for track in tracks for span in track.spans()]
+    if not spans:
+        steps = [r["step"] for track in tracks for r in track.records]
+        return min(steps) - 0.5, max(steps) + 0.5
+    start, end = min(s.start for s in spans), max(s.end for s in spans)
+    after_sft = [s.start for s in spans if s.stage != "sft"]
+    if after_sft:
+        start = max(start, round(min(after_sft) - 0.11 * (end - min(after_sft))))
+    return start, end + 0.01 * (end - start)
 
 
 def load_tracks(run_folders: Sequence[Path]) -> list[Track]:
@@ -130,14 +178,15 @@ def load_tracks(run_folders: Sequence[Path]) -> list[Track]:
 def _track(segments: Sequence[Segment], records: tuple[Record, ...], *, is_trunk: bool) -> Track:
     folder = segments[-1].folder
     config = read_config_tree(folder)
-    name = str((config.get("run") or {}).get("name") or folder.resolve().name)
     before = tuple(record for segment in segments[:-1] for record in segment.records)
-    return Track(f"{name} (trunk)" if is_trunk else name, folder, config, before, records, is_trunk)
+    track = Track("", folder, config, before, records, is_trunk)
+    name = printable(str(track.setting("run", "name") or folder.resolve().name))
+    return replace(track, name=f"{name} (trunk)" if is_trunk else name)
 
 
 def _with_distinct_names(tracks: list[Track]) -> list[Track]:
     count = Counter(track.name for track in tracks)
-    return [replace(t, name=f"{t.name} [{t.folder}]") if count[t.name] > 1 else t for t in tracks]
+    return [replace(t, name=printable(f"{t.name} [{t.folder}]")) if count[t.name] > 1 else t for t in tracks]
 
 
 def _last_step(records: Sequence[Record]) -> int:
