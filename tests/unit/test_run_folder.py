@@ -67,6 +67,7 @@ def test_one_line_per_step_with_identity_first(tmp_path: Path) -> None:
 def test_non_finite_values_become_null_and_are_counted(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     out = io.StringIO()
+    held_out = {"data": {"path": "e"}, "num_samples": 4, "suites": {"hard": {"path": "h", "num_samples": 32}}}
     config = make_config(logging={"console": True})
     broken = {"entropy/mean": math.nan, "optimizer/grad_norm": math.inf, "reward/mean": 1.0}
     with RunLogger(config, run, is_main=True, start_step=0, console=Console(file=out)) as logger:
@@ -272,7 +273,7 @@ def test_a_full_disk_at_the_start_leaves_the_metrics(tmp_path: Path, monkeypatch
 
 def test_console_is_aligned_plain_and_fits(tmp_path: Path) -> None:
     out = io.StringIO()
-    config = make_config(logging={"console": True}, run={"steps": 20000}, eval={"num_samples": 4})
+    config = make_config(logging={"console": True}, run={"steps": 20000}, eval=held_out)
     parts = ("step", "rollout", "reward", "score", "update", "sync")
     full = METRICS | {
         "reheat/kl": 0.00312,
@@ -285,6 +286,7 @@ def test_console_is_aligned_plain_and_fits(tmp_path: Path) -> None:
             logger.log_step(record(step, metrics=METRICS))
         logger.log_step(record(12345, stage="reheat", round=1, metrics=full))
         logger.log_step(record(12346, metrics={"eval/avg_at_k": 0.5, "eval/pass_at_k": 0.75, "eval/entropy": 0.1}))
+        logger.log_step(record(12347, metrics={"eval/hard/avg_at_k": 0.25, "eval/hard/entropy": 0.2}))
         logger.log_event("entropy [0.078] < 0.08 nats: entering reheat round 1")
     text = out.getvalue()
     assert "\x1b" not in text
@@ -296,7 +298,10 @@ def test_console_is_aligned_plain_and_fits(tmp_path: Path) -> None:
     assert words[1] == "rlvr 1/20000 0.500 25.0 0.079 - - - 12.0 - - - - - -"
     row = "reheat 12345/20000 0.500 25.0 0.079 3.1e-03 1.2e-03 123,456" + " 1234" * len(parts)  # whole seconds
     assert any(line.startswith(row) for line in words)
-    assert words[-2] == "eval 12346/20000 avg@4 0.500 pass@4 0.750 entropy 0.100"
+    assert words[-3:-1] == [
+        "eval 12346/20000 avg@4 0.500 pass@4 0.750 entropy 0.100",
+        "eval 12347/20000 avg@32 0.250 entropy 0.200 hard",
+    ]
     assert lines[-1] == "--- entropy [0.078] < 0.08 nats: entering reheat round 1"  # not read as markup
 
 
