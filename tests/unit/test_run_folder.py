@@ -67,7 +67,6 @@ def test_one_line_per_step_with_identity_first(tmp_path: Path) -> None:
 def test_non_finite_values_become_null_and_are_counted(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     out = io.StringIO()
-    held_out = {"data": {"path": "e"}, "num_samples": 4, "suites": {"hard": {"path": "h", "num_samples": 32}}}
     config = make_config(logging={"console": True})
     broken = {"entropy/mean": math.nan, "optimizer/grad_norm": math.inf, "reward/mean": 1.0}
     with RunLogger(config, run, is_main=True, start_step=0, console=Console(file=out)) as logger:
@@ -273,6 +272,7 @@ def test_a_full_disk_at_the_start_leaves_the_metrics(tmp_path: Path, monkeypatch
 
 def test_console_is_aligned_plain_and_fits(tmp_path: Path) -> None:
     out = io.StringIO()
+    held_out = {"data": {"path": "e"}, "num_samples": 4, "suites": {"hard": {"path": "h", "num_samples": 32}}}
     config = make_config(logging={"console": True}, run={"steps": 20000}, eval=held_out)
     parts = ("step", "rollout", "reward", "score", "update", "sync")
     full = METRICS | {
