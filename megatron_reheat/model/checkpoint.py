@@ -44,6 +44,7 @@ from megatron_reheat.parallel.topology import Topology
 
 STATE = "state.json"
 _MANIFEST = "manifest.json"
+HASHING_THREADS = 8  # a checkpoint of tens of GB is read back as fast as its disk gives it
 _DIFFERS = f"{{}} is missing or damaged (its digest differs from {_MANIFEST})"
 _LAST_GOOD = "optimizer.last_good"
 # what torch's writer says of a file that it could not write
@@ -134,7 +135,9 @@ def _write_aside(topology: Topology, partial: Path, sharded: dict[str, Any], sta
     topology.barrier()
     if topology.is_main:
         (partial / STATE).write_text(json.dumps(state, indent=1))
-        manifest = {p.name: _digest(p) for p in sorted(partial.iterdir())}
+        files = sorted(partial.iterdir())
+        with ThreadPoolExecutor(HASHING_THREADS) as threads:
+            manifest = dict(zip((p.name for p in files), threads.map(_digest, files), strict=True))
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (*partial.iterdir(), partial):
             fsync(path)
@@ -262,12 +265,14 @@ def _find_damage(checkpoint: Path) -> str | None:
     manifest = _read_json(manifest_path)
     if not isinstance(manifest, dict) or not {STATE, METADATA} <= manifest.keys():
         return f"{manifest_path} is damaged"
-    for name, digest in manifest.items():
-        path = checkpoint / name
+    paths = [checkpoint / name for name in manifest]
+    for name, path in zip(manifest, paths, strict=True):
         if path.parent != checkpoint:
             return f"{manifest_path} is damaged: it names {name}, outside the checkpoint"
-        if not _is_whole(path, digest):
-            return _DIFFERS.format(path)
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        for path, is_whole in zip(paths, threads.map(_is_whole, paths, manifest.values()), strict=True):
+            if not is_whole:
+                return _DIFFERS.format(path)
     return find_unsafe_pickle(checkpoint)
 
 
@@ -286,6 +291,8 @@ def use_instead(checkpoint: Path) -> str:
 def _metadata() -> dict[str, Any]:
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
+        # gathered in host memory, on the first replica; otherwise on every GPU, and in every rank's host memory
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         "chained_optim_avoid_prefix": True,
     }
@@ -296,6 +303,8 @@ def _sharded_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
     _ensure_optimizer_state(engine)
     model = engine.module.sharded_state_dict(metadata=metadata)
     optimizer = engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    if optimizer.get("param_state", model) is None:  # all of it is with the first replica
+        del optimizer["param_state"]
     return {"model": model, "optimizer": optimizer}
 
 

@@ -11,6 +11,7 @@ from megatron_reheat.processes import helper_environment
 
 CPU_BATCHED_TOKENS = 8192
 CPU_KV_CACHE_MB = 1024
+LEAST_SHARE = 0.01  # of a GPU
 GPU_BATCHED_TOKENS = 2048  # vLLM's smallest default; it wants one for every sequence at least
 
 
@@ -38,6 +39,9 @@ def engine_options(config: RolloutConfig, model_path: str, *, dtype: str, seed: 
         return options
     if config.kv_cache_mb:
         options["kv_cache_memory_bytes"] = config.kv_cache_mb << 20
+        # the cache does not follow from it then, but at its start vLLM still wants that share of the GPU to be free, and the
+        # trainer may be there first
+        options["gpu_memory_utilization"] = LEAST_SHARE
     if config.max_num_seqs > GPU_BATCHED_TOKENS:
         options["max_num_batched_tokens"] = config.max_num_seqs
     return options

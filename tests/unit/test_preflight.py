@@ -480,6 +480,8 @@ def test_an_engine_on_the_trainers_gpu_is_told_its_cache() -> None:
     assert rollout.kv_cache_mb == int(estimate.kv_cache_bytes) >> 20
     options = engine_options(rollout, "model", dtype="bfloat16", seed=0, on_cpu=False)
     assert options["kv_cache_memory_bytes"] == rollout.kv_cache_mb << 20
+    # of which it would refuse to start without, where the trainer's model is there first
+    assert options["gpu_memory_utilization"] * 79.1 < 1
     with pytest.raises(ConfigError, match=r"rollout.gpu_memory_utilization 0.5 of 16 GiB does not hold vLLM's weights"):
         with_fixed_cache(config.rollout, estimate.model, "bfloat16", 16.0)
 
