@@ -386,6 +386,11 @@ class RLConfig(Section):
         ge=0,
         description="dynamic sampling: 0 is unlimited, as long as one of 10 in a row brings a group to train on",
     )
+    oversample: bool = Field(
+        default=True,
+        description="dynamic sampling: sample as many prompts at once as it took lately, up to 4 times prompts_per_step, "
+        "instead of batch after batch; groups beyond those that a step trains on are left out",
+    )
     overlong_buffer: int = Field(
         default=0,
         ge=0,

@@ -411,7 +411,11 @@ class Estimate:
         own = max(
             1, round(batch.group_size * (1 + min(costs.sampled, 0.0)))
         )  # frozen models may take some of the group over
-        rollout = batches * (self.rollout_seconds(replace(batch, group_size=own)) + self.frozen_seconds(batch))
+        asked = batch
+        if self.config.rl.oversample:  # as many in one generation batch, and the margin of `Collector`
+            margin = math.sqrt(batch.prompts * (1 - 1 / batches))
+            asked, batches = replace(batch, prompts=math.ceil(batches * (batch.prompts + margin))), 1.0
+        rollout = batches * (self.rollout_seconds(replace(asked, group_size=own)) + self.frozen_seconds(asked))
         if costs.sampled > 0:
             rollout += self.rollout_seconds(replace(batch, prompts=math.ceil(batch.prompts * costs.sampled)))
         score = 0.0 if self.scores_in_update else (1 + costs.trained) * self.pass_seconds(batch, training=False)

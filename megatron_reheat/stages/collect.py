@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -23,6 +24,9 @@ U = TypeVar("U")
 # Unlimited generation batches are for prompts of which few teach something, not for a policy that has nothing left to learn
 # from: after so many batches in a row without a single kept group, the controller has to see the step.
 FRUITLESS_BATCHES = 10
+
+MAX_OVERSAMPLING = 4  # times `rl.prompts_per_step`, of one generation batch
+RECENT = 0.3  # weight of a step's fraction of kept groups in their running mean
 
 AGAIN = 1  # tells the seeds of `again` from those of the generation batches
 
@@ -77,13 +81,17 @@ class Collector:
         self._stop_token_ids = stop_token_ids
         self._should_stop = should_stop
         self._ahead: _Ahead | None = None
+        # of groups, in a running mean over the steps so far; None before the first
+        self.kept_fraction: float | None = None
         self._again_seeds: Iterator[int] = iter(())
 
     def collect(self, at: At, clock: Clock, *, group_size: int, complete: Complete | None = None) -> Collected:
         """Samples and grades until `rl.prompts_per_step` groups can teach something (DAPO's dynamic sampling).
 
-        Groups are kept when the grader's reward, which no method has shaped yet, varies. At the cap on generation batches the
-        step goes on with what was kept, which may be nothing; surplus groups are dropped.
+        Groups are kept when the grader's reward, which no method has shaped yet, varies. A generation batch is as large as the
+        steps so far say that it has to be (`rl.oversample`): every further one waits for its own longest response. At the cap
+        on generation batches the step goes on with what was kept, which may be nothing; surplus groups are dropped, the last
+        drawn first.
 
         Raises:
             StepAbandoned: the run was asked to stop in the meantime.
@@ -95,13 +103,18 @@ class Collector:
             if batches and self._should_stop():
                 self._cursor.load_state(before)
                 raise StepAbandoned
-            sampled = self._sample(at, len(batches), group_size, clock)
+            missing = rl.prompts_per_step - sum(len(b.kept) for b in batches)
+            sampled = self._sample(at, len(batches), group_size, clock, self._batch_size(missing))
             completed = complete(sampled) if complete else sampled
             batches.append(_GenerationBatch(sampled, completed, [self._teaches(g) for g in completed]))
         seen = [g for b in batches for g in b.sampled]
         kept = [g for b in batches for g in b.kept]
         metrics = {**rollout_metrics(seen), "sampling/generation_batches": float(len(batches))}
-        metrics["sampling/kept_fraction"] = len(kept) / len(seen)
+        metrics["sampling/prompts"] = float(len(seen))
+        metrics["sampling/kept_fraction"] = fraction = len(kept) / len(seen)
+        metrics["sampling/surplus_groups"] = float(max(len(kept) - rl.prompts_per_step, 0))
+        before_it = fraction if self.kept_fraction is None else self.kept_fraction
+        self.kept_fraction = (1 - RECENT) * before_it + RECENT * fraction
         first = batches[0]
         discarded = [g for g, teaches in zip(first.sampled, first.teaches, strict=True) if not teaches]
         return Collected(kept[: rl.prompts_per_step], first.sampled, discarded, metrics)
@@ -157,7 +170,8 @@ class Collector:
     def look_ahead(self, at: At, group_size: int) -> None:
         """Begins to sample the first prompts of the step `at` from the weights of now."""
         cursor_state = self._cursor.state()
-        order = self._policy.begin(*self._request(at, 0, group_size))
+        size = self._batch_size(self._config.rl.prompts_per_step)
+        order = self._policy.begin(*self._request(at, 0, group_size, size))
         self._ahead = _Ahead(order, group_size, at.temperature, cursor_state)
 
     def forget_ahead(self) -> None:
@@ -171,20 +185,30 @@ class Collector:
         """The place in the data to save: prompts that were sampled ahead are not trained on yet."""
         return self._cursor.state() if self._ahead is None else self._ahead.cursor_state
 
-    def _sample(self, at: At, batch: int, group_size: int, clock: Clock) -> list[Group]:
+    def _batch_size(self, missing: int) -> int:
+        """Prompts of a generation batch that brings `missing` groups to train on, if as many are kept as lately, five times in
+        six."""
+        rl = self._config.rl
+        if not (rl.dynamic_sampling and rl.oversample) or self.kept_fraction is None:
+            return rl.prompts_per_step
+        most = MAX_OVERSAMPLING * rl.prompts_per_step
+        spread = math.sqrt(missing * (1 - self.kept_fraction))  # a standard deviation of how many are kept
+        return min(math.ceil((missing + spread) / max(self.kept_fraction, 1 / most)), most)
+
+    def _sample(self, at: At, batch: int, group_size: int, clock: Clock, size: int) -> list[Group]:
         ahead, self._ahead = self._ahead, None
         if ahead is None:
-            return self._policy.sample(*self._request(at, batch, group_size), clock)
+            return self._policy.sample(*self._request(at, batch, group_size, size), clock)
         groups = self._policy.finish(ahead.order, clock)
         if (ahead.temperature, ahead.group_size) == (at.temperature, group_size):
             return groups
         self._cursor.load_state(ahead.cursor_state)
-        return self._policy.sample(*self._request(at, batch, group_size), clock)
+        return self._policy.sample(*self._request(at, batch, group_size, size), clock)
 
-    def _request(self, at: At, batch: int, group_size: int) -> tuple[list[Prompt], int, SamplingParams, int]:
+    def _request(self, at: At, batch: int, group_size: int, size: int) -> tuple[list[Prompt], int, SamplingParams, int]:
         params = SamplingParams(at.temperature, self._config.rollout.max_tokens, stop_token_ids=self._stop_token_ids)
         seed = derive_seed(self._config.run.seed, at.step, batch)
-        return self._cursor.next(self._config.rl.prompts_per_step), group_size, params, seed
+        return self._cursor.next(size), group_size, params, seed
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:

@@ -369,6 +369,7 @@ class Run:
                 self.cursor.load_state(self.state.cursor)
             if self.state.sft_cursor is not None:
                 self.sft_cursor.load_state(self.state.sft_cursor)
+            self.collector.kept_fraction = self.state.kept_fraction
             self._saved_step = -1 if forked else self.state.step
         if forked:
             self.controller.state.stopped = False
@@ -423,7 +424,7 @@ class Run:
             return
         self.state.policy_version = self.policy.version
         self.state.controller = self.controller.state.to_json()
-        self.state.cursor = self.collector.cursor_state()
+        self.state.cursor, self.state.kept_fraction = self.collector.cursor_state(), self.collector.kept_fraction
         self.state.sft_cursor = self.sft_cursor.state()
         self.state.date = self.inputs.today.isoformat()
         self.state.method = {"name": self._method_name, "state": self.method.state()}

@@ -31,6 +31,7 @@ class Sampler:
     def sample(self, prompts, n, params, seed, clock):
         verdicts = self.script[min(len(self.asked), len(self.script) - 1)]
         self.asked.append([p.index for p in prompts])
+        verdicts = verdicts(len(prompts)) if callable(verdicts) else verdicts
         return [group(p, v) for p, v in zip(prompts, verdicts, strict=True)]
 
 
@@ -61,6 +62,54 @@ def test_batches_are_drawn_until_enough_groups_are_mixed_and_the_first_is_kept_w
     assert collected.metrics["sampling/generation_batches"] == 3
     assert collected.metrics["sampling/kept_fraction"] == pytest.approx(5 / 9)
     assert collected.metrics["reward/accuracy"] == pytest.approx((3 + 5 + 3) / 18)  # before the filter
+
+
+def mixed(fraction: float):
+    """Verdicts of a batch of any size, of whose groups so many are mixed, evenly spread."""
+    return lambda n: [MIXED if int((i + 1) * fraction) > int(i * fraction) else RIGHT for i in range(n)]
+
+
+def test_a_step_draws_at_once_what_the_steps_before_it_needed():
+    sampler = Sampler(mixed(0.25))
+    collector = make_collector(sampler, prompts_per_step=8, max_generation_batches=0)
+    first = collect(collector)
+    assert [len(asked) for asked in sampler.asked] == [8, 8, 8, 8]  # nothing is known yet
+    assert collector.kept_fraction == 0.25 and first.metrics["sampling/surplus_groups"] == 0
+    sampler.asked.clear()
+    second = collect(collector)
+    # four times eight is the most at a time: it brings 8, if as many are kept
+    assert [len(asked) for asked in sampler.asked] == [32] and len(second.groups) == 8
+    assert second.metrics["sampling/prompts"] == 32 and len(second.first) == 32 and len(second.discarded) == 24
+
+
+def test_a_batch_has_a_margin_and_what_it_brings_too_many_is_left_out_and_counted():
+    sampler = Sampler(mixed(0.5))
+    collector = make_collector(sampler, prompts_per_step=8, max_generation_batches=0)
+    collect(collector)
+    sampler.asked.clear()
+    collected = collect(collector)
+    assert [len(asked) for asked in sampler.asked] == [20]  # (8 + sqrt(8 x 0.5)) / 0.5
+    assert len(collected.groups) == 8 and collected.metrics["sampling/surplus_groups"] == 2
+    assert [g.prompt.index for g in collected.groups] == sampler.asked[0][1:16:2]  # the last drawn are left out
+    sampler.script, collector.kept_fraction = (mixed(0.25), mixed(1.0)), 0.5
+    sampler.asked.clear()
+    collect(collector)
+    assert [len(asked) for asked in sampler.asked] == [20, 9]  # 5 came: 3 are missing, with a margin for these
+
+
+@pytest.mark.parametrize("settings", [{"oversample": False}, {"dynamic_sampling": False}])
+def test_batches_of_one_size_where_that_is_asked_for(settings):
+    sampler = Sampler(mixed(0.5))
+    collector = make_collector(sampler, prompts_per_step=8, max_generation_batches=0, **settings)
+    collect(collector), collect(collector)
+    assert {len(asked) for asked in sampler.asked} == {8}
+
+
+def test_a_step_that_kept_nothing_asks_for_no_more_than_the_most():
+    sampler = Sampler(mixed(0.0))
+    collector = make_collector(sampler, prompts_per_step=3, max_generation_batches=2)
+    collect(collector), collect(collector)
+    assert [len(asked) for asked in sampler.asked] == [3, 3, 12, 12] and collector.kept_fraction == 0.0
 
 
 def test_without_dynamic_sampling_every_group_is_trained_on():

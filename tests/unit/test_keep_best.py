@@ -192,6 +192,7 @@ class ScriptedRun(Run):
         parts: Any = SimpleNamespace(
             version=0,
             cursor_state=dict,
+            kept_fraction=None,
             state=dict,
             log_event=lambda text, style="": self.said.append(text),
             log_step=lambda record: None,

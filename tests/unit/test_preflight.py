@@ -349,7 +349,7 @@ def test_the_last_line_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     assert "knee at" not in out and "main gradients (float32)" in out
     assert out.splitlines()[-1].startswith(
-        "fits: 70.0 of 79.1 GiB on each h100-80g; 543 RL steps take about 26.5 h; each round"
+        "fits: 70.0 of 79.1 GiB on each h100-80g; 543 RL steps take about 20.8 h; each round"
     )
     assert max(map(len, out.splitlines()[:-1])) <= 150
 
@@ -544,7 +544,7 @@ SMALL = Architecture(32, 48, 2, 2, 1, 16, vocab_size=1000, tie_word_embeddings=T
 
 
 def with_explorer(mode: str, share: float = 0.25, dtype: str = "float32") -> tuple[Estimate, Estimate]:
-    plain = tiny(rollout={"max_tokens": 128, "mode": mode, "kv_cache_mb": 64})
+    plain = tiny(rollout={"max_tokens": 128, "mode": mode, "kv_cache_mb": 64}, rl={"oversample": False})
     return plain, dataclasses.replace(plain, frozen={"explorer": FrozenShape(SMALL, dtype, share)})
 
 
@@ -574,6 +574,15 @@ def test_its_share_of_the_sampling_is_counted_with_its_own_numbers() -> None:
     alone = dataclasses.replace(plain, model=SMALL, config=both.samplers["explorer"].config)
     expected = plain.rl_step()["rollout"] + 2.0 * alone.rollout_seconds(batch)
     assert both.rl_step()["rollout"] == pytest.approx(expected) and expected > plain.rl_step()["rollout"]
+
+
+def test_as_many_prompts_at_once_wait_for_one_longest_response() -> None:
+    at_once, in_turn = tiny(), tiny(rl={"oversample": False})
+    prompts = at_once.rl_batch.prompts
+    double = dataclasses.replace(at_once.rl_batch, prompts=math.ceil(2 * (prompts + math.sqrt(prompts / 2))))
+    assert at_once.rl_step()["rollout"] == at_once.rollout_seconds(double) < in_turn.rl_step()["rollout"]
+    filtered = tiny(rl={"dynamic_sampling": False}).rl_step()["rollout"]
+    assert in_turn.rl_step()["rollout"] == pytest.approx(2 * filtered)
 
 
 def test_check_reads_the_explorers_folder(tmp_path: Path) -> None:
