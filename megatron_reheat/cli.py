@@ -124,12 +124,19 @@ def _add_check(commands: Any) -> None:
         "--mean-tokens", type=float, metavar="T", help="mean response; default: max_tokens / 4, <= 2048"
     )
     command.add_argument("--verbose", action="store_true", help="batches, scaling and what the estimate rests on, too")
+    command.add_argument("--layouts", action="store_true", help="compare layouts for so many GPUs and recommend one")
     command.set_defaults(run=_check)
 
 
 def _check(parsed: argparse.Namespace) -> int:
     config = load_config(parsed.config, parsed.overrides)
 
+    if parsed.layouts:
+        from megatron_reheat.cluster.layouts import recommend
+
+        asked = {} if parsed.gpus is None else {"gpus": parsed.gpus}
+        recommend(config, **asked, gpu=parsed.gpu, mean_tokens=parsed.mean_tokens)
+        return 0
     from megatron_reheat.cluster.preflight import check
 
     check(config, gpus=parsed.gpus, gpu=parsed.gpu, mean_tokens=parsed.mean_tokens, verbose=parsed.verbose)

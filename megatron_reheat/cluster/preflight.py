@@ -96,11 +96,20 @@ def make_estimate(
     config: Config, *, gpus: int | None = None, gpu: str = "h100-80g", mean_tokens: float | None = None
 ) -> Estimate:
     """The validated estimate of `config`; see `check`."""
-    if gpu not in GPUS:
-        raise ConfigError(f"--gpu {gpu} is not known; use one of {', '.join(GPUS)}")
+    kind = gpu_called(gpu)
     choose_method(config)
     check_reward(config.reward)
-    return estimate_on(GPUS[gpu], config, gpus=gpus, mean_tokens=mean_tokens)
+    return estimate_on(kind, config, gpus=gpus, mean_tokens=mean_tokens)
+
+
+def gpu_called(name: str) -> Gpu:
+    """
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in GPUS:
+        raise ConfigError(f"--gpu {name} is not known; use one of {', '.join(GPUS)}")
+    return GPUS[name]
 
 
 def estimate_on(gpu: Gpu, config: Config, *, gpus: int | None = None, mean_tokens: float | None = None) -> Estimate:

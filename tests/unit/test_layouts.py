@@ -1,0 +1,79 @@
+"""`reheat check --layouts`: what fits is listed, the fastest first, and can be put into the recipe as it is printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_reheat.cli import main
+from megatron_reheat.cluster.layouts import layouts_that_fit
+from megatron_reheat.cluster.preflight import gpu_called, make_estimate, require_fit
+from megatron_reheat.config import Config
+from megatron_reheat.recipe import load_config
+
+YAML = Path(__file__).resolve().parents[2] / "yaml"
+
+
+def recipe(name: str = "qwen3_4b_ts_opsd", *overrides: str) -> Config:
+    return load_config(YAML / f"{name}.yaml", overrides)
+
+
+def test_layouts_fit_are_sorted_and_none_is_faster_than_the_first() -> None:
+    config = recipe()
+    found, tried = layouts_that_fit(config, 8, "h100-80g")
+    assert 10 < len(found) < tried
+    assert [layout.step_s for layout in found] == sorted(layout.step_s for layout in found)
+    for layout in found:
+        p = layout.estimate.config.parallel
+        assert p.tensor * p.pipeline * layout.estimate.num_replicas == 8
+        assert p.sequence_parallel == (p.tensor > 1) and layout.gib <= layout.estimate.gpu.memory_gib
+    own = make_estimate(config, gpus=8)
+    assert found[0].step_s < sum(own.rl_step().values())
+    # every way is there once, recomputing no more than it has to
+    ways = [layout.overrides[:-1] for layout in found]
+    assert len(set(ways)) == len(ways)
+
+
+def test_a_small_gpu_needs_what_a_large_one_does_not() -> None:
+    large, _ = layouts_that_fit(recipe(), 8, "h200-141g")
+    small, _ = layouts_that_fit(recipe(), 8, "a100-40g")
+    assert small and {layout.overrides[:-1] for layout in small} < {layout.overrides[:-1] for layout in large}
+    assert all(
+        layout.estimate.config.parallel.tensor * layout.estimate.config.parallel.pipeline > 1 for layout in small
+    )
+
+
+def test_servers_have_their_own_gpus() -> None:
+    found, _ = layouts_that_fit(recipe("qwen3_4b_servers"), 8, "h100-80g")
+    assert found and all(layout.estimate.config.rollout.mode == "server" for layout in found)
+
+
+def test_what_is_printed_last_is_an_override_of_the_recipe_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(YAML / "qwen3_4b_ts_opsd.yaml"), "--gpus", "16", "--layouts"]) == 0
+    out = capsys.readouterr().out
+    assert "layouts fit" in out and "An RL step of the first takes" not in out  # the recipe's own is for 8
+    overrides = out.splitlines()[-1].split()
+    estimate = make_estimate(recipe("qwen3_4b_ts_opsd", *overrides), gpus=16)
+    require_fit(estimate, "h100-80g")
+    assert main(["check", str(YAML / "qwen3_4b_ts_opsd.yaml"), "--layouts"]) == 0
+    assert "of the recipe's own layout 138: rollout" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu", "h101"], "--gpu h101 is not known; use one of"),
+        (["--gpus", "1", "--gpu", "rtx3090-24g"], "of 6 layouts fits 1 x rtx3090-24g; use more or larger GPUs"),
+        (["rl.method=none_such"], "rl.method: there is no 'none_such'"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [a for a in arguments if "=" in a]
+    options = [a for a in arguments if "=" not in a]
+    assert main(["check", str(YAML / "qwen3_4b_ts_opsd.yaml"), *overrides, *options, "--layouts"]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_kinds_of_gpus_by_name() -> None:
+    assert gpu_called("h100-80g").memory_gib == pytest.approx(79.1)
