@@ -244,7 +244,7 @@ def _add_eval(commands: Any) -> None:
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument("--checkpoint", choices=("latest", "best"), default="latest", help="of a run folder")
     command.add_argument(
-        "--hf-source", metavar="FOLDER", help="configuration and tokenizer, where the run's have moved"
+        "--hf-source", metavar="FOLDER", help="configuration and tokenizer, in place of the checkpoint's own"
     )
 
 
