@@ -43,6 +43,11 @@ class ModelConfig(Section):
     """The policy: a Hugging Face folder (or hub name) of the Qwen3, Qwen2, Llama or Mistral family."""
 
     hf_path: PathText = Field(min_length=1, description="the policy: a Hugging Face folder, or a hub name")
+    revision: str | None = Field(
+        default=None,
+        min_length=1,
+        description="of a hub name: branch, tag or commit; empty: the newest of its main branch",
+    )
     dtype: Annotated[Literal["float32", "bfloat16"], FullDtypeName] = Field(
         default="bfloat16",
         description="of the weights, in training and sampling; masters are float32",

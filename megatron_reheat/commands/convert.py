@@ -50,6 +50,7 @@ def to_hf(
     verify: bool = True,
     temperature: float = 1.0,
     engine: GreedySampler | None = None,
+    published_as: str | None = None,
 ) -> str:
     """Writes `out` from a checkpoint, or from a run folder's latest or best; returns one sentence about it.
 
@@ -61,6 +62,7 @@ def to_hf(
             version wrote it, the run's `model.hf_path`.
         temperature: the model will sample at 1 as the checkpoint does at this: exact flattening (`stages.flatten`).
         engine: an inference engine whose greedy samples are compared too.
+        published_as: the hub name under which the model's card says it is loaded; by default `out`'s own.
 
     Raises:
         ReheatError: something is missing, damaged or does not fit, or the result does not compute the same.
@@ -69,7 +71,7 @@ def to_hf(
         raise ConfigError(f"--shard-gb must be above 0 and finite, got {shard_gb:g}")
     if not 0 < temperature < math.inf:
         raise ConfigError(f"--temperature must be above 0 and finite, got {temperature:g}")
-    _refuse_existing(out)
+    refuse_existing(out)
     run, checkpoint = _find_checkpoint(source, which)
     own = carried_model(checkpoint)
     config = read_config_tree(run if own is None else checkpoint)
@@ -93,7 +95,7 @@ def to_hf(
             run,
             config,
             state,
-            name=out.name,
+            name=published_as or out.name,
             has_chat_template=bool(tokenizer.chat_template),
             model_type=export.hf.model_type,
             num_parameters=export.num_parameters,
@@ -106,22 +108,26 @@ def to_hf(
     return f"{out}: {export.num_parameters / 1e6:,.2f}M parameters of {checkpoint} in {num_files} file(s). {verified}"
 
 
-def from_hf(hf_path: str, out: Path) -> str:
+def from_hf(hf_path: str, out: Path, revision: str | None = None) -> str:
     """Writes a run folder whose checkpoint `step-0` holds the weights of a Hugging Face folder (or hub name).
 
     A run starts from it under any layout with `run.fork_from=OUT`; its optimizer starts fresh. Takes about
     three times the model's memory: the file, the model and the copy that is being written.
 
+    Args:
+        revision: a hub name's branch, tag or commit.
+
     Raises:
         ReheatError: the folder is incomplete or of an unsupported architecture, or `out` exists.
     """
-    _refuse_existing(out)
-    model = read_model(ModelConfig(hf_path=hf_path), chat=False)
+    refuse_existing(out)
+    model = read_model(ModelConfig(hf_path=hf_path, revision=revision), chat=False)
     hf_folder, dtype = model.path.resolve(), saved_as(model.path, model.hf)
     name = str(dtype).removeprefix("torch.")
     # a hub name stays one, for the card of what comes of it
     origin = str(hf_folder) if Path(hf_path).exists() else hf_path
-    tree = {"model": {"hf_path": origin, "dtype": name}, "run": {"name": out.name}}
+    source = {"hf_path": origin} | ({} if revision is None else {"revision": revision})
+    tree = {"model": {**source, "dtype": name}, "run": {"name": out.name}}
     config = yaml.safe_dump(tree, sort_keys=False)
     with _written_aside(out) as partial:
         folder = RunFolder(partial)
@@ -208,15 +214,15 @@ def _find_checkpoint(source: Path, which: Which) -> tuple[Path, Path]:
 
 
 def _find_hf_folder(run: Path, config: dict[str, Any], hf_source: str | None) -> Path:
-    model = config.get("model")
-    hf_path = hf_source or (model.get("hf_path") if isinstance(model, dict) else None)
+    model = {"hf_path": hf_source} if hf_source else config.get("model")
+    hf_path, revision = (model.get("hf_path"), model.get("revision")) if isinstance(model, dict) else (None, None)
     if not hf_path or not isinstance(hf_path, str):
         raise ConfigError(
             f"{RunFolder(run).config} does not name the model (model.hf_path), whose configuration and tokenizer are "
             "needed; keep the checkpoint in its run folder or give --hf-source FOLDER"
         )
     try:
-        return resolve_hf_folder(ModelConfig(hf_path=hf_path))
+        return resolve_hf_folder(ModelConfig(hf_path=hf_path, revision=revision if isinstance(revision, str) else None))
     except ConfigError as error:
         raise ConfigError(f"{error} (or give its present place with --hf-source FOLDER)") from None
 
@@ -227,7 +233,11 @@ def _spoke_in_turns(config: dict[str, Any]) -> bool:
     return any(isinstance(d, dict) and d.get("template") == "chat" for d in (config.get("data"), held_out.get("data")))
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """
+    Raises:
+        ConfigError: there is something already.
+    """
     if out.exists():
         raise ConfigError(f"{out} exists; nothing is overwritten: name another folder or remove it")
 

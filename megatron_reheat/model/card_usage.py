@@ -35,7 +35,7 @@ def usage(name: str, config: dict[str, Any], *, has_chat_template: bool) -> str:
     transformers = f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-name = {json.dumps(name)}
+name = {_text(name)}
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
 {prompt}
@@ -46,7 +46,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 from vllm import LLM, SamplingParams
 
 {prompt}
-llm = LLM(model={json.dumps(name)})
+llm = LLM(model={_text(name)})
 sampling = SamplingParams(temperature={limits[0]}, max_tokens={limits[1]})
 print({call}[0].outputs[0].text)"""
     how = "Prompts go through the tokenizer's chat template" if chat else "Prompts are plain text"
@@ -60,14 +60,14 @@ print({call}[0].outputs[0].text)"""
 def renamed(card: str, old: str, new: str) -> str:
     """The card of a model that is called `new` from now on, as far as its programs name it."""
     for line in ("name = {}\n", "llm = LLM(model={})\n"):
-        card = card.replace(line.format(json.dumps(old)), line.format(json.dumps(new)))
+        card = card.replace(line.format(_text(old)), line.format(_text(new)))
     return card
 
 
 def _messages(data: dict[str, Any]) -> str:
     system = data.get("system_prompt")
     turns = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": QUESTION}]
-    return f"messages = {json.dumps(turns)}"
+    return f"messages = {_text(turns)}"
 
 
 def _raw_prompt(data: dict[str, Any]) -> str:
@@ -75,9 +75,12 @@ def _raw_prompt(data: dict[str, Any]) -> str:
     template = str(data.get("raw_template", "{question}"))
     fields = dict.fromkeys(re.findall(r"(?<!\{)\{([^{}]+)\}", template))
     if template == "{question}":
-        return f"prompt = {json.dumps(QUESTION)}"
+        return f"prompt = {_text(QUESTION)}"
     values = (QUESTION, *["..."] * len(fields))
-    filled = "".join(
-        f".replace({json.dumps(f'{{{f}}}')}, {json.dumps(v)})" for f, v in zip(fields, values, strict=False)
-    )
-    return f"prompt = {json.dumps(template)}{filled}"
+    filled = "".join(f".replace({_text(f'{{{f}}}')}, {_text(v)})" for f, v in zip(fields, values, strict=False))
+    return f"prompt = {_text(template)}{filled}"
+
+
+def _text(value: Any) -> str:
+    """As Python writes it, in one line and double quotes."""
+    return json.dumps(value, ensure_ascii=False)

@@ -551,7 +551,8 @@ def test_the_card_names_no_place_of_the_machine_and_its_programs_run(alone, hf_f
          ['prompt = "{target}|{numbers}=".replace("{target}", "What is 7 * 8?").replace("{numbers}", "...")',
           "Prompts are plain text, as in training; the tokenizer has a chat template, with which it was not trained."]),
         ({"template": "raw"}, ['prompt = "What is 7 * 8?"', "llm.generate([prompt], sampling)"]),
-        ({}, ['messages = [{"role": "user", "content": "What is 7 * 8?"}]', "Prompts go through the tokenizer's chat template."]),
+        ({}, ['messages = [{"role": "user", "content": "What is 7 * 8?"}]',
+              "Prompts go through the tokenizer's chat template."]),
     ],
     ids=["fields", "raw", "unknown"],
 )  # fmt: skip
