@@ -30,7 +30,7 @@ from megatron_reheat.rollout.server.gloo_group import make_store
 from megatron_reheat.rollout.server.guard import TokenGuard, server_token
 from megatron_reheat.rollout.server.servers import Servers
 from megatron_reheat.run_folder import RunFolder, read_config_tree
-from megatron_reheat.run_logger import _WandB
+from megatron_reheat.trackers import WandB
 
 TOKEN = "0123456789abcdef0123"
 SECRETS = ("hunter22hunter22", "s3cr3t-pass", "hf_" + "a" * 34, "0" * 39 + "f")
@@ -72,7 +72,7 @@ def test_nothing_that_a_run_writes_or_sends_holds_a_secret(tmp_path: Path, monke
         init=lambda **given: sent.update(given) or SimpleNamespace(define_metric=lambda *a, **k: None)
     )
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=tracker.init, Error=OSError))
-    _WandB(config, run)
+    WandB(config, run)
     assert clean(json.dumps(sent["config"])) and sent["config"]["data"]["options"]["token"] == HIDDEN
     # as an earlier version wrote it
     run.metrics.write_text('{"step": 1, "stage": "rlvr", "round": 0, "policy_version": 1, "entropy/mean": 1.0}\n')
