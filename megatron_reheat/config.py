@@ -435,6 +435,12 @@ class LoggingConfig(Section):
     console: bool = Field(default=True, description="a line for each step on the terminal")
     tensorboard: bool = Field(default=True, description="event files in the run's folder")
     wandb_project: str | None = Field(default=None, description="sends metrics there; empty: no Weights & Biases")
+    mlflow_experiment: str | None = Field(
+        default=None, min_length=1, description="the same for MLflow, at the place that MLFLOW_TRACKING_URI names"
+    )
+    trackio_project: str | None = Field(
+        default=None, min_length=1, description="the same for trackio, on this machine or where TRACKIO_SPACE_ID says"
+    )
     rollouts_per_step: int = Field(default=2, ge=0, description="groups written to rollouts/ each step")
 
 
