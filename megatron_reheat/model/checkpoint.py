@@ -309,7 +309,10 @@ def use_instead(checkpoint: Path) -> str:
                 f"the newest whole checkpoint is {other}: to use it, write {other.name} into {folder / LATEST} (or give its "
                 "path to reheat convert)"
             )
-    return f"no earlier checkpoint in {folder} is whole: move that folder away to start the run anew"
+    instead = "move that folder away to start the run anew"
+    if folder.name != "checkpoints":  # it was copied
+        instead = "copy the checkpoint again from where its run saved it"
+    return f"no earlier checkpoint in {folder} is whole: {instead}"
 
 
 def _metadata() -> dict[str, Any]:

@@ -184,7 +184,10 @@ def test_damage_to_what_a_checkpoint_carries_is_named_first(name, content, alone
             ReheatError, match=rf"^{alone / name} is missing or damaged \(its digest differs from manifest"
         ):
             check()
-    assert f"{alone / name} is missing or damaged" in verify_checkpoint(alone)
+    problem = verify_checkpoint(alone)
+    assert (
+        f"{alone / name} is missing or damaged" in problem and "copy the checkpoint again from where its run" in problem
+    )
 
 
 def test_a_manifest_names_files_of_the_checkpoint_alone(alone):
@@ -280,11 +283,12 @@ def test_another_architecture_is_named(run, hf_folder, tmp_path, changes, messag
 
 
 def test_the_exported_folder_stops_where_the_run_did(run, hf_folder, tmp_path):
-    kept = edit_config(hf_folder, tmp_path / "kept")
+    kept = edit_config(hf_folder, tmp_path / "kept", _name_or_path="/home/jane/models/llama")
     text = '{"temperature": 0.6, "eos_token_id": [7, 1]}'
     (kept / "generation_config.json").write_text(text)
     to_hf(run, tmp_path / "a", hf_source=str(kept), verify=False)
     assert (tmp_path / "a" / "generation_config.json").read_text() == text
+    assert "_name_or_path" not in (tmp_path / "a" / "config.json").read_text()
     assert "| responses end at | &lt;eos&gt; (1), 5 (7) |" in (tmp_path / "a" / "README.md").read_text()
     # without one, transformers would go by config.json alone
     bare = edit_config(hf_folder, tmp_path / "bare", eos_token_id=5)
