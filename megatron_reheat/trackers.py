@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_reheat.confidential import redact_text
 from megatron_reheat.config import Config
 from megatron_reheat.errors import ReheatError
 from megatron_reheat.recipe import public_tree
@@ -139,15 +140,16 @@ class WandB:
 
 class MLflow:
     """Goes on with the same MLflow run through an id kept in the run folder. A server that does not answer for a while gets
-    later what it missed; the run does not wait for it."""
+    later what it missed; the run waits for it some seconds a minute, at most."""
 
     QUIET_S = 60.0  # after a failure nothing is sent for so long
     MAX_METRICS, MAX_TAGS, MAX_PARAMS = 900, 100, 100  # of one call
     MAX_VALUE = 5000  # characters of a tag or parameter
 
     def __init__(self, config: Config, folder: RunFolder) -> None:
-        # by default the client tries for four minutes, at every step
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        # by default the client tries for minutes, at every step
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         experiment = config.logging.mlflow_experiment
         try:
             from mlflow import MlflowClient
@@ -301,4 +303,4 @@ def _flat(tree: Mapping[str, Any], longest: int, above: str = "") -> Iterator[tu
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return redact_text(" ".join(str(error).split()))[:300] or type(error).__name__

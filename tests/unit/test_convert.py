@@ -202,7 +202,7 @@ def test_a_run_is_written_out_for_as_long_as_it_is_looked_at(run, hf_folder):
     with as_hf_folder(str(run), "latest", None) as (name, folder):
         assert name == str(run / "checkpoints" / "step-30")
         assert HFReader(Path(folder)).names() == HFReader(hf_folder).names()
-    assert not Path(folder).exists() and not list(run.glob(".hf-*"))
+    assert not Path(folder).exists() and not list(run.rglob(".hf-*"))
     with as_hf_folder(str(run / "checkpoints" / "step-30"), "best", None) as (name, folder):
         assert name.endswith("step-30") and Path(folder).exists()
     called_like_one = shutil.copytree(hf_folder, run.parent / "step-7")
