@@ -37,15 +37,28 @@ setup(
         "megatron_reheat.cluster": ["*.template"],
     },
     cmdclass={"build_py": BuildWithRecipes},
+    # Every one is imported by megatron_reheat/. Those that are heavy, or that one place alone needs, and why they stay (MB as
+    # installed):
+    # torch (700), transformers (50), numpy (60): training itself.
+    # datasets (2), pyarrow (170) and, by datasets, pandas (45): Parquet and hub datasets; data/arrow.py alone.
+    # scipy (115), scikit-learn (30): data/encoders.py makes OGER's TF-IDF by the second, which needs the first;
+    #   stages/flatten.py then has its root finder from the first.
+    # math-verify, latex2sympy2_extended (with antlr4 in the version that the extra names) and sympy (25): reading and comparing
+    #   mathematical answers; the first two in rewards/values.py alone, which calls the parser with settings of its own.
+    # aiohttp: rollout/server/client.py asks many servers at once; vLLM brings it anyway.
+    # huggingface_hub (with hf-xet, 12, for uploads and downloads): transformers brings it; named because it is imported here.
+    # By torch alone: networkx, jinja2, and setuptools.
     install_requires=[
         "aiohttp",
         "datasets",
+        "huggingface_hub",
         "latex2sympy2_extended",
         "math-verify[antlr4_13_2]",
         f"megatron-core{VERSIONS['MEGATRON_CORE_RANGE']}",
         "numpy",
         "packaging",
         "psutil",
+        "pyarrow",
         "pydantic>=2",
         "pyyaml",
         "rich",
@@ -71,6 +84,9 @@ setup(
         "report": ["jinja2", "matplotlib", "pillow"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
+        # MLflow's client, which is enough for a tracking server; a database of one's own (sqlite:///FILE) needs all of mlflow
+        "mlflow": ["mlflow-skinny"],
+        "trackio": ["trackio"],
         "dev": [
             "hypothesis",
             "jinja2",

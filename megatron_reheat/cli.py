@@ -251,7 +251,7 @@ def _add_eval(commands: Any) -> None:
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument("--checkpoint", choices=("latest", "best"), default="latest", help="of a run folder")
     command.add_argument(
-        "--hf-source", metavar="FOLDER", help="configuration and tokenizer, where the run's have moved"
+        "--hf-source", metavar="FOLDER", help="configuration and tokenizer, in place of the checkpoint's own"
     )
 
 
@@ -351,6 +351,16 @@ def _add_convert(commands: Any) -> None:
     direction.add_argument(
         "--from-hf", nargs=2, metavar=("MODEL", "OUT"), help="makes a run folder for run.fork_from, without optimizer"
     )
+    direction.add_argument(
+        "--converted", type=Path, metavar="FOLDER", help="a folder by --to-hf that only has to be uploaded, with --push"
+    )
+    command.add_argument("--push", metavar="USER/NAME", help="upload the converted folder to the Hugging Face Hub")
+    command.add_argument("--private", action="store_true", help="--push: as a private repository, where it is new")
+    command.add_argument(
+        "--revision",
+        metavar="BRANCH",
+        help="--push: to this branch, made where there is none; --from-hf: the hub name's",
+    )
     _add_checkpoint(command)
     command.add_argument("--shard-gb", type=float, default=4.0, help="largest size of a weights file")
     command.add_argument("--no-verify", action="store_true", help="do not compare logits; memory stays at one shard")
@@ -370,15 +380,27 @@ def _convert(parsed: argparse.Namespace) -> int:
         raise ConfigError("reheat convert is one process; start it without torchrun")
     if parsed.no_verify and parsed.verify_vllm:
         raise ConfigError("--no-verify and --verify-vllm exclude each other; leave one out")
+    _check_push_options(parsed)
     visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a login node's GPU, or a busy one, has no part in this
-    from megatron_reheat.commands.convert import from_hf, to_hf
+    from megatron_reheat.commands.convert import from_hf, refuse_existing, to_hf
+    from megatron_reheat.commands.push import Push, converted_files
     from megatron_reheat.rollout.load_check import sample_greedily
     from megatron_reheat.rollout.vllm_version import require_vllm
 
     if parsed.from_hf:
-        print(from_hf(parsed.from_hf[0], Path(parsed.from_hf[1])))
+        print(from_hf(parsed.from_hf[0], Path(parsed.from_hf[1]), parsed.revision))
         return 0
+    push = Push(parsed.push, parsed.private, parsed.revision) if parsed.push else None
+    if push is not None:
+        if parsed.converted:
+            converted_files(parsed.converted)
+        else:
+            refuse_existing(parsed.to_hf[1])
+        push.check()
+        if parsed.converted:
+            print(push.upload(parsed.converted))
+            return 0
     engine = None
     if parsed.verify_vllm:
         require_vllm()
@@ -394,9 +416,26 @@ def _convert(parsed: argparse.Namespace) -> int:
             verify=not parsed.no_verify,
             temperature=parsed.temperature,
             engine=engine,
-        )
+            published_as=parsed.push,
+        ),
+        flush=True,
     )
+    if push is not None:
+        print(push.upload(out))
     return 0
+
+
+def _check_push_options(parsed: argparse.Namespace) -> None:
+    if parsed.converted and not parsed.push:
+        raise ConfigError("--converted names what is uploaded; say where to with --push USER/NAME")
+    if parsed.push and parsed.from_hf:
+        raise ConfigError(
+            "--push uploads a converted folder, which --from-hf does not make; use --to-hf or --converted"
+        )
+    if parsed.private and not parsed.push:
+        raise ConfigError("--private is for --push USER/NAME; leave it out, or add that")
+    if parsed.revision is not None and parsed.to_hf and not parsed.push:
+        raise ConfigError("--revision is for --push or --from-hf; leave it out, or add one of them")
 
 
 def _slurm(parsed: argparse.Namespace) -> int:

@@ -47,6 +47,11 @@ class ModelConfig(Section):
     """The policy: a Hugging Face folder (or hub name) of the Qwen3, Qwen2, Llama or Mistral family."""
 
     hf_path: PathText = Field(min_length=1, description="the policy: a Hugging Face folder, or a hub name")
+    revision: str | None = Field(
+        default=None,
+        min_length=1,
+        description="of a hub name: branch, tag or commit; empty: the newest of its main branch",
+    )
     dtype: Annotated[Literal["float32", "bfloat16"], FullDtypeName] = Field(
         default="bfloat16",
         description="of the weights, in training and sampling; masters are float32",
@@ -500,6 +505,12 @@ class LoggingConfig(Section):
     console: bool = Field(default=True, description="a line for each step on the terminal")
     tensorboard: bool = Field(default=True, description="event files in the run's folder")
     wandb_project: str | None = Field(default=None, description="sends metrics there; empty: no Weights & Biases")
+    mlflow_experiment: str | None = Field(
+        default=None, min_length=1, description="the same for MLflow, at the place that MLFLOW_TRACKING_URI names"
+    )
+    trackio_project: str | None = Field(
+        default=None, min_length=1, description="the same for trackio, on this machine or where TRACKIO_SPACE_ID says"
+    )
     rollouts_per_step: int = Field(default=2, ge=0, description="groups written to rollouts/ each step")
 
 

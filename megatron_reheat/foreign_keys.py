@@ -66,6 +66,7 @@ VERL = {
 }
 TRL = {
     "model_name_or_path": "model.hf_path",
+    "model_revision": "model.revision",
     "dataset_name": "data.source=datasets and data.name",
     "num_generations": "rl.group_size",
     "max_prompt_length": "data.max_prompt_tokens",

@@ -5,7 +5,10 @@ run.lock                 who writes here now (`run_lock`)
 metrics.jsonl            one object a step: step, stage, round, policy_version, then metrics with slashes
 metrics.discarded.jsonl  lines that a killed process wrote after its last checkpoint
 rollouts/step-000123.jsonl
-checkpoints/  reference/  tensorboard/  report/  logs/
+checkpoints/             step-N/, each complete by itself (`model.checkpoint`), and which is latest and best
+wandb_id, mlflow_id, trackio_id
+                         the trackers' runs, which a run that goes on continues
+reference/  tensorboard/  report/  logs/
 """
 
 from __future__ import annotations

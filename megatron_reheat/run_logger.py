@@ -1,4 +1,4 @@
-"""What a run says about itself: metrics.jsonl, TensorBoard, Weights & Biases and the terminal.
+"""What a run says about itself: metrics.jsonl, the trackers (`trackers`) and the terminal.
 
 Only the main rank writes; on the others every call does nothing, so that stages need not ask who they are.
 """
@@ -10,39 +10,18 @@ import json
 import math
 import os
 import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Self
 
 from rich.console import Console
 
 from megatron_reheat.config import Config
 from megatron_reheat.console import StepConsole
-from megatron_reheat.errors import ReheatError, writing
-from megatron_reheat.recipe import public_tree
+from megatron_reheat.errors import writing
 from megatron_reheat.run_folder import Record, RunFolder
-from megatron_reheat.types import Group, StageName
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One step as it is logged. `step` is one count over all stages; metric names have slashes."""
-
-    step: int
-    stage: StageName
-    round: int
-    policy_version: int
-    metrics: Mapping[str, float]
-    event: str | None = None
-
-
-class _Sink(Protocol):
-    def step(self, record: StepRecord, metrics: Mapping[str, float]) -> None: ...
-    def event(self, step: int, text: str) -> None: ...
-    def close(self, exit_code: int) -> None: ...
+from megatron_reheat.trackers import StepRecord, Tracker, start_trackers
+from megatron_reheat.types import Group
 
 
 class RunLogger:
@@ -68,15 +47,12 @@ class RunLogger:
         self._folder = folder
         self._is_main = is_main
         self._step = start_step
-        self._sinks: list[_Sink] = []
+        self._trackers: list[Tracker] = []
         self._console: StepConsole | None = None
         if not is_main:
             return
         folder.create(config)
-        if config.logging.wandb_project:  # first: of all parts, the one most likely to refuse
-            self._sinks.append(_WandB(config, folder))
-        if config.logging.tensorboard:
-            self._sinks.append(_TensorBoard(folder, start_step))
+        self._trackers = start_trackers(config, folder, start_step)
         with writing(folder.metrics):
             discarded = folder.discard_after(start_step)
         is_new = not folder.metrics.exists() or not folder.metrics.stat().st_size
@@ -123,9 +99,9 @@ class RunLogger:
         if record.event is not None:
             line["event"] = record.event
         self._write(line)
-        for sink in self._sinks:
+        for tracker in self._trackers:
             with writing(self._folder.path):
-                sink.step(record, finite)
+                tracker.step(record, finite)
         if self._console:
             self._console.step(record.step, record.stage, finite)
             if broken:
@@ -149,9 +125,9 @@ class RunLogger:
 
     def close(self, exit_code: int = 0) -> None:
         """Closes files and trackers; calling it again does nothing."""
-        for sink in self._sinks:
-            sink.close(exit_code)
-        self._sinks = []
+        for tracker in self._trackers:
+            tracker.close(exit_code)
+        self._trackers = []
         if self._is_main:
             self._file.close()
 
@@ -181,84 +157,7 @@ class RunLogger:
                 raise
 
     def _announce(self, step: int, text: str, style: str) -> None:
-        for sink in self._sinks:
-            sink.event(step, text)
+        for tracker in self._trackers:
+            tracker.event(step, text)
         if self._console:
             self._console.event(text, style)
-
-
-class _TensorBoard:
-    def __init__(self, folder: RunFolder, start_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ReheatError(
-                "logging.tensorboard is true but tensorboard is not installed; "
-                "pip install tensorboard, or set logging.tensorboard=false"
-            ) from None
-        # Hides what a killed process logged past its checkpoint.
-        self._writer: Any = SummaryWriter(str(folder.tensorboard), purge_step=start_step + 1)
-
-    def step(self, record: StepRecord, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, record.step)
-        self._writer.flush()
-
-    def event(self, step: int, text: str) -> None:
-        self._writer.add_text("events", text, step)
-
-    def close(self, exit_code: int) -> None:
-        self._writer.close()
-
-
-class _WandB:
-    """Resumes the same W&B run through an id kept in the run folder. Offline with WANDB_MODE=offline."""
-
-    def __init__(self, config: Config, folder: RunFolder) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise ReheatError(
-                f"logging.wandb_project is {config.logging.wandb_project!r} but wandb is not installed; "
-                "pip install wandb, or clear logging.wandb_project"
-            ) from None
-        try:
-            self._run: Any = wandb.init(
-                project=config.logging.wandb_project,
-                name=config.run.name,
-                id=_run_id(folder.path / "wandb_id"),
-                resume="allow",
-                dir=folder.path,
-                config=public_tree(config),
-            )
-        except wandb.Error as error:
-            raise ReheatError(
-                f"Weights & Biases refused to start: {error}; run `wandb login`, set WANDB_MODE=offline, or clear "
-                "logging.wandb_project"
-            ) from error
-        # W&B's own step counter may not go back, which a resumed run needs.
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-
-    def step(self, record: StepRecord, metrics: Mapping[str, float]) -> None:
-        self._run.log(
-            {
-                "step": record.step,
-                "stage": record.stage,
-                "round": record.round,
-                "policy_version": record.policy_version,
-                **metrics,
-            }
-        )
-
-    def event(self, step: int, text: str) -> None:
-        self._run.log({"step": step, "event": text})
-
-    def close(self, exit_code: int) -> None:
-        self._run.finish(exit_code=exit_code)
-
-
-def _run_id(path: Path) -> str:
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex[:12])
-    return path.read_text().strip()

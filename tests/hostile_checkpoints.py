@@ -81,5 +81,6 @@ def tamper(checkpoint: Path, payload: str, made: Path) -> None:
     """With a manifest that fits, as whoever wrote the payload would leave it."""
     PAYLOADS[payload](checkpoint, made)
     (checkpoint / "manifest.json").unlink()
-    manifest = {path.name: _digest(path) for path in checkpoint.iterdir()}
+    files = (path for path in checkpoint.rglob("*") if path.is_file())
+    manifest = {str(path.relative_to(checkpoint)): _digest(path) for path in files}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -18,13 +18,15 @@ from megatron_reheat.config import ModelConfig
 from megatron_reheat.data.prompts import check_vocabulary
 from megatron_reheat.data.tokenizer import read_tokenizer, stop_token_ids
 from megatron_reheat.errors import ConfigError, ReheatError
-from megatron_reheat.model.checkpoint import latest_checkpoint, read_state, verify_checkpoint
+from megatron_reheat.model.carried_files import read_carried_files
+from megatron_reheat.model.checkpoint import carried_model, latest_checkpoint, read_state, verify_checkpoint
 from megatron_reheat.model.conversion import (
     GREEDY_TOKENS,
     HFExport,
     Reference,
     compare_with_transformers,
     megatron_reference,
+    saved_as,
     write_checkpoint,
 )
 from megatron_reheat.model.model_card import model_card
@@ -48,6 +50,7 @@ def to_hf(
     verify: bool = True,
     temperature: float = 1.0,
     engine: GreedySampler | None = None,
+    published_as: str | None = None,
 ) -> str:
     """Writes `out` from a checkpoint, or from a run folder's latest or best; returns one sentence about it.
 
@@ -55,9 +58,11 @@ def to_hf(
     it is about twice the model in float32.
 
     Args:
-        hf_source: folder (or hub name) of configuration and tokenizer; by default the run's `model.hf_path`.
+        hf_source: folder (or hub name) of configuration and tokenizer; by default the checkpoint's own, or, where an earlier
+            version wrote it, the run's `model.hf_path`.
         temperature: the model will sample at 1 as the checkpoint does at this: exact flattening (`stages.flatten`).
         engine: an inference engine whose greedy samples are compared too.
+        published_as: the hub name under which the model's card says it is loaded; by default `out`'s own.
 
     Raises:
         ReheatError: something is missing, damaged or does not fit, or the result does not compute the same.
@@ -66,16 +71,18 @@ def to_hf(
         raise ConfigError(f"--shard-gb must be above 0 and finite, got {shard_gb:g}")
     if not 0 < temperature < math.inf:
         raise ConfigError(f"--temperature must be above 0 and finite, got {temperature:g}")
-    _refuse_existing(out)
+    refuse_existing(out)
     run, checkpoint = _find_checkpoint(source, which)
-    hf_folder = _find_hf_folder(run, hf_source)
+    own = carried_model(checkpoint)
+    config = read_config_tree(run if own is None else checkpoint)
+    hf_folder = _find_hf_folder(run, config, hf_source) if hf_source or own is None else own
     tokenizer = read_tokenizer(hf_folder)
     if problem := verify_checkpoint(checkpoint):
         raise ReheatError(problem)
     state = read_state(checkpoint)
     export = HFExport(checkpoint, hf_folder, temperature)
     check_vocabulary(tokenizer, export.hf.vocab_size)
-    stops = stop_token_ids(export.hf, tokenizer, hf_folder, chat=_spoke_in_turns(run))
+    stops = stop_token_ids(export.hf, tokenizer, hf_folder, chat=_spoke_in_turns(config))
     with _written_aside(out) as partial:
         export.write(partial, shard_bytes=int(shard_gb * 1e9), stop_token_ids=stops)
         verified = "The weights were not verified (--no-verify)."
@@ -86,7 +93,10 @@ def to_hf(
             verified += f" Its logits are the checkpoint's divided by {temperature:g}."
         card = model_card(
             run,
+            config,
             state,
+            name=published_as or out.name,
+            has_chat_template=bool(tokenizer.chat_template),
             model_type=export.hf.model_type,
             num_parameters=export.num_parameters,
             dtype=str(export.dtype).removeprefix("torch."),
@@ -98,25 +108,32 @@ def to_hf(
     return f"{out}: {export.num_parameters / 1e6:,.2f}M parameters of {checkpoint} in {num_files} file(s). {verified}"
 
 
-def from_hf(hf_path: str, out: Path) -> str:
+def from_hf(hf_path: str, out: Path, revision: str | None = None) -> str:
     """Writes a run folder whose checkpoint `step-0` holds the weights of a Hugging Face folder (or hub name).
 
     A run starts from it under any layout with `run.fork_from=OUT`; its optimizer starts fresh. Takes about
     three times the model's memory: the file, the model and the copy that is being written.
 
+    Args:
+        revision: a hub name's branch, tag or commit.
+
     Raises:
         ReheatError: the folder is incomplete or of an unsupported architecture, or `out` exists.
     """
-    _refuse_existing(out)
-    hf_folder = read_model(ModelConfig(hf_path=hf_path), chat=False).path.resolve()
+    refuse_existing(out)
+    model = read_model(ModelConfig(hf_path=hf_path, revision=revision), chat=False)
+    hf_folder, dtype = model.path.resolve(), saved_as(model.path, model.hf)
+    name = str(dtype).removeprefix("torch.")
+    # a hub name stays one, for the card of what comes of it
+    origin = str(hf_folder) if Path(hf_path).exists() else hf_path
+    source = {"hf_path": origin} | ({} if revision is None else {"revision": revision})
+    tree = {"model": {**source, "dtype": name}, "run": {"name": out.name}}
+    config = yaml.safe_dump(tree, sort_keys=False)
     with _written_aside(out) as partial:
         folder = RunFolder(partial)
-        dtype = write_checkpoint(hf_folder, folder.checkpoints, asdict(RunState()))
-        name = str(dtype).removeprefix("torch.")
-        # a hub name stays one, for the card of what comes of it
-        origin = str(hf_folder) if Path(hf_path).exists() else hf_path
-        tree = {"model": {"hf_path": origin, "dtype": name}, "run": {"name": out.name}}
-        folder.config.write_text(yaml.safe_dump(tree, sort_keys=False))
+        carried = read_carried_files(config, hf_folder)
+        write_checkpoint(hf_folder, folder.checkpoints, asdict(RunState()), dtype, carried)
+        folder.config.write_text(config)
     return f"{out}: checkpoint step-0 with the weights of {hf_folder} in {name}; start from it with run.fork_from={out}"
 
 
@@ -156,7 +173,7 @@ def _engine_gap(samples: list[tuple[list[int], list[float]]], reference: Referen
 
 @contextmanager
 def as_hf_folder(model: str, which: Which, hf_source: str | None) -> Iterator[tuple[str, str]]:
-    """(name, Hugging Face folder) of a model to look at. A run's checkpoint is written out beside the run meanwhile.
+    """(name, Hugging Face folder) of a model to look at. A run's checkpoint is written out beside it meanwhile.
 
     Raises:
         ReheatError: there is no such checkpoint, or it cannot be written out.
@@ -166,9 +183,9 @@ def as_hf_folder(model: str, which: Which, hf_source: str | None) -> Iterator[tu
     if not RunFolder(path).checkpoints.is_dir() and is_hf_folder:
         yield model, model
         return
-    run, checkpoint = _find_checkpoint(path, which)
+    _, checkpoint = _find_checkpoint(path, which)
     try:
-        scratch = tempfile.TemporaryDirectory(prefix=".hf-", dir=run)
+        scratch = tempfile.TemporaryDirectory(prefix=".hf-", dir=checkpoint.resolve().parent)
     except OSError as error:
         raise ReheatError(
             f"cannot write beside {checkpoint}: {error.strerror}; export it with reheat convert"
@@ -180,7 +197,7 @@ def as_hf_folder(model: str, which: Which, hf_source: str | None) -> Iterator[tu
 
 
 def _find_checkpoint(source: Path, which: Which) -> tuple[Path, Path]:
-    """(run folder, checkpoint) of a checkpoint or a run folder."""
+    """(run folder, checkpoint) of a checkpoint or a run folder; where a checkpoint was copied elsewhere, the first is none."""
     if not source.is_dir():
         raise ReheatError(f"{source} does not exist; name a checkpoint (runs/NAME/checkpoints/step-N) or a run folder")
     run = RunFolder(source)
@@ -196,28 +213,31 @@ def _find_checkpoint(source: Path, which: Which) -> tuple[Path, Path]:
     return source, checkpoint
 
 
-def _find_hf_folder(run: Path, hf_source: str | None) -> Path:
-    model = read_config_tree(run).get("model")
-    hf_path = hf_source or (model.get("hf_path") if isinstance(model, dict) else None)
+def _find_hf_folder(run: Path, config: dict[str, Any], hf_source: str | None) -> Path:
+    model = {"hf_path": hf_source} if hf_source else config.get("model")
+    hf_path, revision = (model.get("hf_path"), model.get("revision")) if isinstance(model, dict) else (None, None)
     if not hf_path or not isinstance(hf_path, str):
         raise ConfigError(
             f"{RunFolder(run).config} does not name the model (model.hf_path), whose configuration and tokenizer are "
             "needed; keep the checkpoint in its run folder or give --hf-source FOLDER"
         )
     try:
-        return resolve_hf_folder(ModelConfig(hf_path=hf_path))
+        return resolve_hf_folder(ModelConfig(hf_path=hf_path, revision=revision if isinstance(revision, str) else None))
     except ConfigError as error:
         raise ConfigError(f"{error} (or give its present place with --hf-source FOLDER)") from None
 
 
-def _spoke_in_turns(run: Path) -> bool:
+def _spoke_in_turns(config: dict[str, Any]) -> bool:
     """Like `inputs.speaks_in_turns`, of a run whose configuration may be another version's."""
-    tree = read_config_tree(run)
-    held_out = tree.get("eval") or {}
-    return any(isinstance(d, dict) and d.get("template") == "chat" for d in (tree.get("data"), held_out.get("data")))
+    held_out = config.get("eval") or {}
+    return any(isinstance(d, dict) and d.get("template") == "chat" for d in (config.get("data"), held_out.get("data")))
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """
+    Raises:
+        ConfigError: there is something already.
+    """
     if out.exists():
         raise ConfigError(f"{out} exists; nothing is overwritten: name another folder or remove it")
 

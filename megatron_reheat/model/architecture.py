@@ -169,7 +169,8 @@ def read_architecture(config: ModelConfig) -> Architecture:
     from huggingface_hub import hf_hub_download
 
     try:
-        folder = Path(hf_hub_download(name, "config.json", local_files_only=not hub_answers())).parent
+        file = hf_hub_download(name, "config.json", revision=config.revision, local_files_only=not hub_answers())
+        folder = Path(file).parent
     except Exception as error:  # the hub client raises many kinds; all mean that the file is not to be had
         raise ModelElsewhereError(
             f"model.hf_path: {name} is not a local folder, its config.json cannot be fetched ({type(error).__name__}), and "

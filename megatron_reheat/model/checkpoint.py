@@ -1,7 +1,8 @@
 """Checkpoints in Megatron's sharded format: written aside, fsynced, renamed; readable under another TP x PP x DP layout.
 
     checkpoints/step-120/        Megatron's shards (weights, optimizer; while reheating the last good weights, too), state.json
-                                 (the stages' state), manifest.json (digests)
+                                 (the stages' state), config.yaml and hf/ (`carried_files`: with them the folder can be
+                                 converted wherever it is copied), manifest.json (digests of all of these)
     checkpoints/latest           the name of the newest complete one
     checkpoints/best             the name of the one with the best evaluation (`checkpoint.keep_best`)
 
@@ -15,7 +16,7 @@ import os
 import queue
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,6 +38,7 @@ from megatron_reheat.checkpoint_folder import best_checkpoint as best_checkpoint
 from megatron_reheat.checkpoint_folder import latest_checkpoint as latest_checkpoint
 from megatron_reheat.checkpoint_folder import list_checkpoints as list_checkpoints
 from megatron_reheat.errors import ReheatError, cannot_write, writing
+from megatron_reheat.model.carried_files import MODEL_FOLDER, is_carried
 from megatron_reheat.model.checkpoint_pickles import METADATA, explain, find_unsafe_pickle, no_code, read_metadata
 from megatron_reheat.model.engine import Engine
 from megatron_reheat.model.master_weights import Snapshot
@@ -60,21 +62,26 @@ def save_checkpoint(
     keep: int,
     is_best: bool = False,
     last_good: Snapshot | None = None,
+    carried: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Writes `folder/step-<step>`, points `latest` at it and removes all but the newest `keep`, it and the best. A collective.
 
     With `is_best`, `best` points at it too, and it stays until a later one is saved as that. `last_good` is kept for
-    `load_last_good`. A process killed at any moment leaves the previous checkpoint and `latest` intact.
+    `load_last_good`. The main rank's `carried` (`read_carried_files`) lie in it, too. A process killed at any moment leaves the
+    previous checkpoint and `latest` intact.
     """
     sharded = _sharded_state(engine, is_loading=False)
     if last_good is not None:
         sharded["last_good"] = _sharded_weights(engine, engine.masters.whole(last_good))
-    return _write(engine.topology, folder, step, sharded, state, keep, is_best)
+    return _write(engine.topology, folder, step, sharded, state, carried or {}, keep, is_best)
 
 
-def save_weights(module: Any, topology: Topology, folder: Path, state: dict[str, Any]) -> Path:
+def save_weights(
+    module: Any, topology: Topology, folder: Path, state: dict[str, Any], carried: Mapping[str, bytes]
+) -> Path:
     """Writes `folder/step-0` without an optimizer: a run that loads it starts with fresh moments. A collective."""
-    return _write(topology, folder, 0, {"model": module.sharded_state_dict(metadata=_metadata())}, state, keep=1)
+    sharded = {"model": module.sharded_state_dict(metadata=_metadata())}
+    return _write(topology, folder, 0, sharded, state, carried, keep=1)
 
 
 def _write(
@@ -83,6 +90,7 @@ def _write(
     step: int,
     sharded: dict[str, Any],
     state: dict[str, Any],
+    carried: Mapping[str, bytes],
     keep: int,
     is_best: bool = False,
 ) -> Path:
@@ -96,7 +104,7 @@ def _write(
     target, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
     try:
         with writing(target):
-            _write_aside(topology, partial, sharded, state)
+            _write_aside(topology, partial, sharded, state, carried)
             if topology.is_main:
                 if target.exists():
                     set_aside(target)
@@ -113,7 +121,9 @@ def _write(
     return target
 
 
-def _write_aside(topology: Topology, partial: Path, sharded: dict[str, Any], state: dict[str, Any]) -> None:
+def _write_aside(
+    topology: Topology, partial: Path, sharded: dict[str, Any], state: dict[str, Any], carried: Mapping[str, bytes]
+) -> None:
     """Everything in `partial`, on disk."""
     if topology.is_main:
         for left in partial.parent.glob(".step-*.partial"):  # by a process that was killed
@@ -135,11 +145,15 @@ def _write_aside(topology: Topology, partial: Path, sharded: dict[str, Any], sta
     topology.barrier()
     if topology.is_main:
         (partial / STATE).write_text(json.dumps(state, indent=1))
-        files = sorted(partial.iterdir())
+        for name, content in carried.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_bytes(content)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
         with ThreadPoolExecutor(HASHING_THREADS) as threads:
-            manifest = dict(zip((p.name for p in files), threads.map(_digest, files), strict=True))
+            digests = threads.map(_digest, files)
+            manifest = {p.relative_to(partial).as_posix(): digest for p, digest in zip(files, digests, strict=True)}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in (*partial.iterdir(), partial):
+        for path in (*partial.rglob("*"), partial):
             fsync(path)
 
 
@@ -258,22 +272,36 @@ def verify_checkpoint(checkpoint: Path) -> str | None:
     return None if problem is None else f"{problem}; {use_instead(checkpoint)}"
 
 
-def _find_damage(checkpoint: Path) -> str | None:
+def carried_model(checkpoint: Path) -> Path | None:
+    """The folder of the model's configuration and tokenizer inside a checkpoint; None in one by an earlier version.
+
+    Raises:
+        ReheatError: the checkpoint is incomplete, or one of the files that it carries is damaged. Its tensors may be, still.
+    """
+    if problem := _find_damage(checkpoint, is_carried):
+        raise ReheatError(f"{problem}; {use_instead(checkpoint)}")
+    folder = checkpoint / MODEL_FOLDER
+    return folder if (folder / "config.json").is_file() else None
+
+
+def _find_damage(checkpoint: Path, is_asked: Callable[[str], bool] | None = None) -> str | None:
+    """With `is_asked`, only in the files of such names."""
     manifest_path = checkpoint / _MANIFEST
     if not os.path.lexists(manifest_path):
         return f"{checkpoint} has no {_MANIFEST}: it is not a complete checkpoint"
     manifest = _read_json(manifest_path)
     if not isinstance(manifest, dict) or not {STATE, METADATA} <= manifest.keys():
         return f"{manifest_path} is damaged"
-    paths = [checkpoint / name for name in manifest]
-    for name, path in zip(manifest, paths, strict=True):
-        if path.parent != checkpoint:
+    asked = {n: checkpoint / n for n in manifest if is_asked is None or is_asked(n)}
+    for name, path in asked.items():
+        if path.parent not in (checkpoint, checkpoint / MODEL_FOLDER):
             return f"{manifest_path} is damaged: it names {name}, outside the checkpoint"
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        for path, is_whole in zip(paths, threads.map(_is_whole, paths, manifest.values()), strict=True):
+        whole = threads.map(_is_whole, asked.values(), (manifest[name] for name in asked))
+        for path, is_whole in zip(asked.values(), whole, strict=True):
             if not is_whole:
                 return _DIFFERS.format(path)
-    return find_unsafe_pickle(checkpoint)
+    return find_unsafe_pickle(checkpoint) if is_asked is None else None
 
 
 def use_instead(checkpoint: Path) -> str:
@@ -285,7 +313,10 @@ def use_instead(checkpoint: Path) -> str:
                 f"the newest whole checkpoint is {other}: to use it, write {other.name} into {folder / LATEST} (or give its "
                 "path to reheat convert)"
             )
-    return f"no earlier checkpoint in {folder} is whole: move that folder away to start the run anew"
+    instead = "move that folder away to start the run anew"
+    if folder.name != "checkpoints":  # it was copied
+        instead = "copy the checkpoint again from where its run saved it"
+    return f"no earlier checkpoint in {folder} is whole: {instead}"
 
 
 def _metadata() -> dict[str, Any]:

@@ -10,7 +10,7 @@ none of which shares code with the conversion. Comparing takes memory of about t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,6 @@ from megatron_reheat.model.hf_weights import (
     AttentionShape,
     ParameterPlan,
     load_hf_weights,
-    read_model_folder,
     tensor_shapes,
     to_hf_tensors,
     whole_model_rules,
@@ -244,23 +243,27 @@ def compare_with_transformers(folder: Path, reference: Reference) -> float:
 # -- from Hugging Face ---------------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(hf_folder: Path, checkpoints: Path, state: dict[str, Any]) -> torch.dtype:
-    """Writes `checkpoints/step-0` with the weights of a Hugging Face folder; returns their dtype. Takes three times its memory.
+def saved_as(hf_folder: Path, hf: Any) -> torch.dtype:
+    """The dtype of a checkpoint with the folder's weights: bfloat16 where all of them are, else float32, which is exact for all
+    but float64."""
+    reader = HFReader(hf_folder)
+    return torch.bfloat16 if all(reader.dtype(name) == "BF16" for name in tensor_shapes(hf)) else torch.float32
 
-    A model all in bfloat16 stays so, any other becomes float32, which is exact for all but float64.
+
+def write_checkpoint(
+    hf_folder: Path, checkpoints: Path, state: dict[str, Any], dtype: torch.dtype, carried: Mapping[str, bytes]
+) -> None:
+    """Writes `checkpoints/step-0` with the weights of a Hugging Face folder in `dtype`. Takes three times its memory.
 
     Raises:
         ConfigError: the folder is incomplete or of an unsupported architecture.
     """
-    hf, reader = read_model_folder(hf_folder), HFReader(hf_folder)
-    in_bfloat16 = all(reader.dtype(name) == "BF16" for name in tensor_shapes(hf))
-    dtype = torch.bfloat16 if in_bfloat16 else torch.float32
+    reader = HFReader(hf_folder)
     with _single_process(hf_folder, dtype) as (hf, config, topology):
         install_checkpoint_fixes()
         model = build_model(hf, config, topology, choose_backend(config.model.attention))
         load_hf_weights(model, reader, topology)
-        save_weights(model, topology, checkpoints, state)
-    return dtype
+        save_weights(model, topology, checkpoints, state, carried)
 
 
 @contextmanager

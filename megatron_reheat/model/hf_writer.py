@@ -55,6 +55,8 @@ def write_hf_folder(
     # transformers 4 wrote torch_dtype; the rest stays as it was, for whatever version reads it
     dtype = str(next(iter(dtypes.values()))).removeprefix("torch.")
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    if str(config.get("_name_or_path", "")).startswith("/"):
+        del config["_name_or_path"]  # transformers 4 wrote where it lay on some machine
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in COPIED_FILES:
         if (source / name).is_file():

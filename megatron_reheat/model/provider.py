@@ -81,6 +81,11 @@ def resolve_hf_folder(config: ModelConfig) -> Path:
     """
     folder = Path(config.hf_path)
     if is_local(config.hf_path):
+        if config.revision is not None:
+            raise ConfigError(
+                f"model.revision {config.revision}: {folder} is a folder of this machine, which has no revisions; clear it, or "
+                "give a hub name as model.hf_path"
+            )
         if problem := problem_of_folder(folder):
             raise ConfigError(f"model.hf_path: {folder} cannot be read: {problem}")
         if (folder / "config.json").is_file():
@@ -94,12 +99,17 @@ def resolve_hf_folder(config: ModelConfig) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
     offline = not hub_answers()
+    name = config.hf_path if config.revision is None else f"{config.hf_path} at model.revision {config.revision}"
     try:
-        return Path(snapshot_download(config.hf_path, allow_patterns=patterns, local_files_only=offline))
+        return Path(
+            snapshot_download(
+                config.hf_path, revision=config.revision, allow_patterns=patterns, local_files_only=offline
+            )
+        )
     except Exception as error:  # the hub client raises many kinds; all mean that the model is not to be had
         reason = "the hub does not answer" if offline else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ConfigError(
-            f"model.hf_path: {config.hf_path} is neither a local folder nor a hub model that can be downloaded ({reason}); "
+            f"model.hf_path: {name} is neither a local folder nor a hub model that can be downloaded ({reason}); "
             "correct the name, or point it at a model's folder"
         ) from None
 

@@ -17,6 +17,7 @@ from megatron_reheat.checkpoint_folder import (
 )
 from megatron_reheat.config import Config
 from megatron_reheat.errors import RankLost, ReheatError
+from megatron_reheat.model.carried_files import read_carried_files
 from megatron_reheat.model.checkpoint import (
     install_checkpoint_fixes,
     load_checkpoint,
@@ -28,6 +29,7 @@ from megatron_reheat.parallel import topology as parallel_topology
 from megatron_reheat.parallel.seats import engine_seats
 from megatron_reheat.parallel.topology import Topology
 from megatron_reheat.phases import announce
+from megatron_reheat.recipe import dump_config
 from megatron_reheat.rewards.pool import VerifierPool
 from megatron_reheat.rewards.self_check import ReferenceCheck, check_references, try_functions
 from megatron_reheat.run_folder import RunFolder
@@ -164,6 +166,7 @@ class Run:
         self.engine = Engine(config, inputs.hf_folder, topology)
         self.method = inputs.method
         self._method_name = Path(config.rl.method).name  # a user's file may lie elsewhere when the run goes on
+        self._carried = read_carried_files(dump_config(config), inputs.hf_folder) if topology.is_main else None
         self.policy = Policy(self.engine, topology, helpers.sampler, helpers.verifiers, inputs.decode)
         self.frozen = {
             name: FrozenSampler(
@@ -439,6 +442,7 @@ class Run:
             keep=self.config.checkpoint.keep,
             is_best=is_best,
             last_good=self.reheat.last_good,
+            carried=self._carried,
         )
         self._saved_step = self.state.step
         self._save_is_due = False

@@ -37,6 +37,7 @@ from scripts.faults.case import Bench
 SOURCE = Path(__file__).with_name("failing_disk.c")
 ERRORS = {"ENOSPC": False, "EDQUOT": False, "EROFS": False, "EIO": True}  # and whether only one call fails
 ROOT = "FAILING_DISK"
+CARRIED = {"config.yaml": b"run: {name: run}\n", "hf/config.json": b"{}", "hf/tokenizer.json": b"{}" * 1000}
 
 
 class Disk:
@@ -171,7 +172,7 @@ class Saves:
     def save(self, step: int) -> None:
         from megatron_reheat.model.checkpoint import save_checkpoint
 
-        save_checkpoint(self._engine, self.folder, step, {"step": step}, keep=1, is_best=True)
+        save_checkpoint(self._engine, self.folder, step, {"step": step}, keep=1, is_best=True, carried=CARRIED)
 
     def restore(self, tree: dict[str, bytes | None] | None = None) -> None:
         shutil.rmtree(self.folder)

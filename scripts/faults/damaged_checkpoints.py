@@ -27,7 +27,7 @@ from unittest import mock
 
 from megatron_reheat.config import Config
 from megatron_reheat.ports import free_port
-from megatron_reheat.recipe import load_config
+from megatron_reheat.recipe import dump_config, load_config
 from megatron_reheat.run_folder import RunFolder
 from scripts.faults.case import Bench, make_good_model
 from scripts.faults.damages import NEWEST, Damage, damages
@@ -91,6 +91,7 @@ def make_run(bench: Bench, recipe: Path) -> None:
 
 
 def _save_twice(config: Config) -> None:
+    from megatron_reheat.model.carried_files import read_carried_files
     from megatron_reheat.model.checkpoint import install_checkpoint_fixes, save_checkpoint
     from megatron_reheat.model.engine import Engine
     from megatron_reheat.parallel import topology as parallel_topology
@@ -123,6 +124,7 @@ def _save_twice(config: Config) -> None:
             save_checkpoint(
                 engine, folder.checkpoints, step, asdict(state), keep=9, is_best=step == 2,
                 last_good=engine.masters.copy(),
+                carried=read_carried_files(dump_config(config), inputs.hf_folder),
             )  # fmt: skip
 
 

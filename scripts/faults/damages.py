@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_reheat.model.carried_files import MODEL_FOLDER
 from megatron_reheat.model.checkpoint import _digest
 from tests.hostile_checkpoints import PAYLOADS, tamper
 
@@ -116,7 +117,7 @@ def _none(_: object) -> None:
 
 
 def _files(checkpoint: Path) -> Iterator[Damage]:
-    for name in sorted(path.name for path in checkpoint.iterdir()):
+    for name in sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()):
         for what, do in TO_A_FILE.items():
             same = (checkpoint.parent / OTHER / name).read_bytes() == (checkpoint / name).read_bytes()
             if what == "that of another checkpoint" and same:
@@ -125,6 +126,9 @@ def _files(checkpoint: Path) -> Iterator[Damage]:
             # its manifest is another checkpoint's, so that any file may be the first that differs
             words = (name,) if (what, name) != ("that of another checkpoint", MANIFEST) else (f"/{NEWEST}/",)
             yield Damage(f"file: {what}", name, make, words)
+    for what in ("removed", "renamed", "emptied", "a link to nothing", "a pipe"):
+        make = functools.partial(_in_newest, MODEL_FOLDER, TO_A_FILE[what])
+        yield Damage(f"folder: {what}", MODEL_FOLDER, make, (f"/{MODEL_FOLDER}/",))
     shards = sorted(path.name for path in checkpoint.glob("*.distcp"))
     yield Damage("shards", "exchanged", functools.partial(_exchanged, shards[0], shards[-1]), shards)
     rank = [name for name in shards if name.startswith("__1_")]
@@ -249,7 +253,8 @@ def _sealed(change: Callable[[Path], None]) -> Callable[[Path, Path], None]:
 
 def seal(checkpoint: Path) -> None:
     (checkpoint / MANIFEST).unlink(missing_ok=True)
-    manifest = {path.name: _digest(path) for path in checkpoint.iterdir()}
+    files = (path for path in checkpoint.rglob("*") if path.is_file())
+    manifest = {str(path.relative_to(checkpoint)): _digest(path) for path in files}
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -446,14 +451,14 @@ def _references() -> Iterator[Damage]:
 
 
 def _run_files() -> Iterator[Damage]:
-    # a run has its recipe, so that what it wrote down of it is only kept beside the new one
+    # a run has its recipe, so that what it wrote down of it is only kept beside the new one; a checkpoint carries its own copy
     for name, do in TO_A_FILE.items():
         if name in ("renamed", "that of another checkpoint", "a byte too long", "cut in half", "one bit flipped"):
             continue
         lost = name in ("removed", "emptied", "zeroed", "somebody's text")
         yield Damage(
             "config.yaml", name, lambda run, canary, do=do: do(run / "config.yaml"), ("config.yaml",), ("convert",),
-            whole="",
+            whole="", goes_on=4,
         )  # fmt: skip
         yield Damage(
             "config.yaml", name, lambda run, canary, do=do: do(run / "config.yaml"), ("config.yaml",), ("resume",),
@@ -466,7 +471,7 @@ def _run_files() -> Iterator[Damage]:
     }.items():  # fmt: skip
         yield Damage(
             "config.yaml", name, lambda run, canary, text=text: _replaced(run / "config.yaml", text), ("config.yaml",),
-            ("convert",), whole="",
+            ("convert",), whole="", goes_on=4,
         )  # fmt: skip
     for name, do in TO_A_FILE.items():
         if name in ("a folder", "a link to itself", "a pipe", "a device without end"):

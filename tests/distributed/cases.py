@@ -794,7 +794,8 @@ def _sampler_agreement(folder: Path, log_folder: Path, **layout: Any) -> list[di
 
 
 def converted_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each run: `--from-hf`, load that under the run's layout, take a step, save, `--to-hf` (of the start too).
+    """Each run: `--from-hf`, load that under the run's layout, take a step, save, `--to-hf` of a copy of the checkpoint
+    alone (of the start too).
 
     The main rank converts, alone, before and after the job. Returns by rank whether the loaded weights were those of the
     Hugging Face folder, and what the main rank's conversions reported.
@@ -815,16 +816,20 @@ def converted_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
         with outside_any_job():
             for run in runs:
                 to_hf(run["start"], run["round_trip"], verify=False)
-                messages.append(to_hf(run["run"], run["out"], shard_gb=6e-5))
+                alone = run["run"].with_name(f"{run['run'].name}-copied") / "step-1"
+                shutil.copytree(run["run"] / "checkpoints" / "step-1", alone)
+                messages.append(to_hf(alone, run["out"], shard_gb=6e-5))
     return {"started_exact": exact, "messages": messages}
 
 
 def _train_from_converted(run: dict[str, Any]) -> bool:
     from megatron_reheat.losses.reheat import sft_loss
+    from megatron_reheat.model.carried_files import read_carried_files
     from megatron_reheat.model.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
     from megatron_reheat.run_folder import RunFolder
 
     folder = RunFolder(run["run"])
+    config = yaml.safe_dump({"model": {"hf_path": str(run["folder"])}, "run": {"name": folder.path.name}})
     with running_engine(run["folder"], **run["layout"]) as engine:
         original = {n: t.clone() for n, t in engine.iter_hf_weights()}
         engine.restore({n: torch.zeros_like(t) for n, t in engine.snapshot().items()})
@@ -832,13 +837,14 @@ def _train_from_converted(run: dict[str, Any]) -> bool:
         loaded = dict(engine.iter_hf_weights())
         exact = all(torch.equal(loaded[n], t) for n, t in original.items())
         engine.update(random_batch(seed=9), sft_loss, lr=1e-2, weight_decay=0.0)
-        save_checkpoint(engine, folder.checkpoints, 1, {**state, "step": 1, "policy_version": 1}, keep=1)
+        state = {**state, "step": 1, "policy_version": 1}
+        carried = read_carried_files(config, run["folder"])
+        save_checkpoint(engine, folder.checkpoints, 1, state, keep=1, carried=carried)
         exported = {n: t.clone() for n, t in engine.iter_hf_weights()}
         # a step from what was loaded, in the optimizer's main parameters too
         exact &= all(torch.allclose(exported[n], t, rtol=0.01, atol=0.02) for n, t in original.items())
         if engine.topology.is_main:
-            tree = {"model": {"hf_path": str(run["folder"])}, "run": {"name": folder.path.name}}
-            folder.config.write_text(yaml.safe_dump(tree))
+            folder.config.write_text(config)
             torch.save(exported, folder.path / "exported.pt")
     return exact
 

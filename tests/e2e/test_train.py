@@ -97,6 +97,11 @@ def test_run_folder_is_complete_and_the_terminal_is_readable(whole):
     best = max(accuracies, key=lambda step: accuracies[step])  # the first of equals
     assert (folder / "checkpoints" / "best").read_text() == f"step-{best}"
     assert {p.name for p in (folder / "checkpoints").glob("step-*")} == {f"step-{s}" for s in (best, 11, 12, 13)}
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
+        assert (checkpoint / "config.yaml").read_bytes() == (folder / "config.yaml").read_bytes()
+        model = {path.name: path.read_bytes() for path in (checkpoint / "hf").iterdir()}
+        assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= model.keys()
+        assert all((whole[0].parent / "model" / name).read_bytes() == content for name, content in model.items())
     lines = result.stdout.splitlines()
     assert sum(bool(re.match(r"(rlvr|reheat)\s+\d+/13", line)) for line in lines) == 7
     assert any("ready" in line and "first weight sync" in line for line in lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +13,21 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.countdown_cpu.make_model import make_tokenizer
 from megatron_reheat.cli import main
 from megatron_reheat.commands.convert import _engine_gap, as_hf_folder, from_hf, to_hf
 from megatron_reheat.errors import ConfigError, ReheatError
-from megatron_reheat.model.checkpoint import _digest
+from megatron_reheat.model.card_usage import renamed, usage
+from megatron_reheat.model.carried_files import read_carried_files
+from megatron_reheat.model.checkpoint import _digest, verify_checkpoint
 from megatron_reheat.model.checkpoint_reader import CheckpointReader
 from megatron_reheat.model.conversion import Reference, compare_with_transformers
 from megatron_reheat.model.hf_reader import HFReader
-from megatron_reheat.model.model_card import model_card
+from megatron_reheat.model.model_card import model_card, without_paths
+from megatron_reheat.recipe import dump_config, parse_config
+from megatron_reheat.run_folder import read_config_tree
 from tests.hostile_checkpoints import PAYLOADS, REASONS, tamper
 from tests.tiny_models import VOCAB_SIZE, save_tiny_model
 
@@ -77,13 +82,13 @@ def megatron_tensors(hf_folder):
 
 
 def save_run(run, hf_path, tensors):
+    """As an earlier version wrote it: the checkpoint carries neither configuration nor tokenizer."""
     checkpoint = run / "checkpoints" / "step-30"
     checkpoint.mkdir(parents=True)
     dcp.save(tensors, checkpoint_id=checkpoint, no_dist=True)
     state = {"step": 30, "policy_version": 29, "controller": {"stage": "reheat", "round": 2}}
     (checkpoint / "state.json").write_text(json.dumps(state))
-    manifest = {p.name: _digest(p) for p in checkpoint.iterdir()}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    seal(checkpoint)
     tree = {"model": {"hf_path": str(hf_path)}, "run": {"name": "trial"}, "reheat": {"teacher_temperature": 1.2}}
     (run / "config.yaml").write_text(yaml.safe_dump(tree))
     lines = [
@@ -95,10 +100,34 @@ def save_run(run, hf_path, tensors):
     return checkpoint
 
 
+def seal(checkpoint):
+    (checkpoint / "manifest.json").unlink(missing_ok=True)
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    manifest = {str(path.relative_to(checkpoint)): _digest(path) for path in files}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
 @pytest.fixture
 def run(tmp_path, hf_folder):
     save_run(tmp_path / "trial", hf_folder, megatron_tensors(hf_folder))
     return tmp_path / "trial"
+
+
+@pytest.fixture
+def alone(run, hf_folder, tmp_path):
+    """A checkpoint that carries its files, copied elsewhere; run folder and model folder are gone."""
+    model = edit_config(hf_folder, tmp_path / "model")
+    text = (run / "config.yaml").read_text().replace(str(hf_folder), str(model))
+    for name, content in read_carried_files(text, model).items():
+        path = run / "checkpoints" / "step-30" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    seal(run / "checkpoints" / "step-30")
+    (tmp_path / "backup").mkdir()
+    copy = shutil.copytree(run / "checkpoints" / "step-30", tmp_path / "backup" / "step-30")
+    shutil.rmtree(run)
+    shutil.rmtree(model)
+    return copy
 
 
 def test_layouts_are_undone_and_the_padding_is_dropped(run, hf_folder, tmp_path):
@@ -122,11 +151,58 @@ def test_a_checkpoint_is_found_from_its_run_folder_and_by_itself(run, tmp_path):
     assert weights[0] == weights[1]
 
 
+def test_a_checkpoint_is_converted_by_itself(alone, hf_folder, tmp_path):
+    assert verify_checkpoint(alone) is None
+    assert not any(path.suffix == ".safetensors" for path in alone.rglob("*"))
+    to_hf(alone, tmp_path / "out", verify=False)
+    original, converted = HFReader(hf_folder), HFReader(tmp_path / "out")
+    assert all(torch.equal(converted.get(name), original.get(name)) for name in original.names())
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (hf_folder / "tokenizer.json").read_bytes()
+    assert "# trial, step 30" in (tmp_path / "out" / "README.md").read_text()
+    with as_hf_folder(str(alone), "latest", None) as (_, folder):
+        assert HFReader(Path(folder)).names() == original.names()
+    assert [path.name for path in alone.parent.iterdir()] == ["step-30"]
+
+
+def test_a_checkpoints_own_files_come_before_the_models_folder_and_hf_source_before_them(alone, hf_folder, tmp_path):
+    changed = edit_config(hf_folder, tmp_path / "model", max_position_embeddings=99)  # since the run has begun
+    to_hf(alone, tmp_path / "own", verify=False)
+    to_hf(alone, tmp_path / "given", hf_source=str(changed), verify=False)
+    lengths = [
+        json.loads((tmp_path / name / "config.json").read_text())["max_position_embeddings"]
+        for name in ("own", "given")
+    ]
+    assert lengths == [256, 99]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "hf/config.json", "hf/tokenizer.json"])
+@pytest.mark.parametrize("content", [None, b"{}"])
+def test_damage_to_what_a_checkpoint_carries_is_named_first(name, content, alone, tmp_path):
+    (alone / name).unlink() if content is None else (alone / name).write_bytes(content)
+    for check in (lambda: to_hf(alone, tmp_path / "out"), lambda: to_hf(alone, tmp_path / "out", hf_source="gone/a/b")):
+        with pytest.raises(
+            ReheatError, match=rf"^{alone / name} is missing or damaged \(its digest differs from manifest"
+        ):
+            check()
+    problem = verify_checkpoint(alone)
+    assert (
+        f"{alone / name} is missing or damaged" in problem and "copy the checkpoint again from where its run" in problem
+    )
+
+
+def test_a_manifest_names_files_of_the_checkpoint_alone(alone):
+    for name in ("hf/../../x", "hf/deeper/x", "../x", "/etc/passwd"):
+        manifest = json.loads((alone / "manifest.json").read_text())
+        (alone / "manifest.json").write_text(json.dumps({name: "0", **manifest}))
+        assert f"it names {name}, outside the checkpoint" in verify_checkpoint(alone)
+        (alone / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_a_run_is_written_out_for_as_long_as_it_is_looked_at(run, hf_folder):
     with as_hf_folder(str(run), "latest", None) as (name, folder):
         assert name == str(run / "checkpoints" / "step-30")
         assert HFReader(Path(folder)).names() == HFReader(hf_folder).names()
-    assert not Path(folder).exists() and not list(run.glob(".hf-*"))
+    assert not Path(folder).exists() and not list(run.rglob(".hf-*"))
     with as_hf_folder(str(run / "checkpoints" / "step-30"), "best", None) as (name, folder):
         assert name.endswith("step-30") and Path(folder).exists()
     called_like_one = shutil.copytree(hf_folder, run.parent / "step-7")
@@ -207,11 +283,12 @@ def test_another_architecture_is_named(run, hf_folder, tmp_path, changes, messag
 
 
 def test_the_exported_folder_stops_where_the_run_did(run, hf_folder, tmp_path):
-    kept = edit_config(hf_folder, tmp_path / "kept")
+    kept = edit_config(hf_folder, tmp_path / "kept", _name_or_path="/home/jane/models/llama")
     text = '{"temperature": 0.6, "eos_token_id": [7, 1]}'
     (kept / "generation_config.json").write_text(text)
     to_hf(run, tmp_path / "a", hf_source=str(kept), verify=False)
     assert (tmp_path / "a" / "generation_config.json").read_text() == text
+    assert "_name_or_path" not in (tmp_path / "a" / "config.json").read_text()
     assert "| responses end at | &lt;eos&gt; (1), 5 (7) |" in (tmp_path / "a" / "README.md").read_text()
     # without one, transformers would go by config.json alone
     bare = edit_config(hf_folder, tmp_path / "bare", eos_token_id=5)
@@ -366,7 +443,17 @@ def test_an_engine_may_break_ties_otherwise_but_not_differ():
 
 def test_the_card_tells_where_the_model_comes_from(run):
     state = json.loads((run / "checkpoints" / "step-30" / "state.json").read_text())
-    card = model_card(run, state, model_type="llama", num_parameters=12_345_678, dtype="bfloat16", verified="Checked.")
+    card = model_card(
+        run,
+        read_config_tree(run),
+        state,
+        name="out",
+        has_chat_template=False,
+        model_type="llama",
+        num_parameters=12_345_678,
+        dtype="bfloat16",
+        verified="Checked.",
+    )
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["library_name"] == "transformers" and "base_model" not in front  # a folder is no name on the Hub
     for line in (
@@ -386,6 +473,105 @@ def test_the_card_tells_where_the_model_comes_from(run):
 def test_the_card_names_a_base_model_on_the_hub_and_does_without_metrics(run):
     (run / "metrics.jsonl").unlink()
     (run / "config.yaml").write_text(yaml.safe_dump({"model": {"hf_path": "Qwen/Qwen3-4B-Base"}}))
-    card = model_card(run, {}, model_type="qwen3", num_parameters=1, dtype="float32", verified="")
+    card = model_card(
+        run,
+        read_config_tree(run),
+        {},
+        name="out",
+        has_chat_template=False,
+        model_type="qwen3",
+        num_parameters=1,
+        dtype="float32",
+        verified="",
+    )
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "Qwen/Qwen3-4B-Base"
-    assert "Last metrics" not in card
+    assert "Last metrics" not in card and "Evaluation" not in card
+
+
+def recipe_of_a_machine(place):
+    """A whole recipe whose files all lie in `place`."""
+    return dump_config(
+        parse_config(
+            {
+                "model": {"hf_path": f"{place}/models/tiny-llama"},
+                "data": {
+                    "path": [f"{place}/data/a.jsonl", f"{place}/data/b.jsonl"],
+                    "template": "chat",
+                    "system_prompt": "/no_think Answer in a word.",
+                    "chat_template_kwargs": {"enable_thinking": False},
+                    "options": {"data_files": {"train": f"{place}/data/c.parquet"}, "cache": "--at=/home/jane/cache/x"},
+                },
+                "reward": {"kind": "function", "function": {f"{place}/mine/score.py:score": 1.0}},
+                "eval": {"data": {"path": f"{place}/data/held_out.jsonl"}},
+                "rl": {"method": f"{place}/mine/method.py:Mine"},
+                "run": {"name": "trial", "folder": f"{place}/runs/{{name}}", "fork_from": f"{place}/runs/trunk"},
+                "rollout": {"max_tokens": 7},
+            }
+        )
+    )
+
+
+def test_the_card_names_no_place_of_the_machine_and_its_programs_run(alone, hf_folder, tmp_path, monkeypatch, capsys):
+    (alone / "config.yaml").write_text(recipe_of_a_machine("/home/jane doe/private"))
+    tokenizer = AutoTokenizer.from_pretrained(hf_folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ enable_thinking }}="
+    tokenizer.save_pretrained(alone / "hf")
+    seal(alone)
+    run = alone.parent.parent
+    (run / "metrics.jsonl").write_text(
+        '{"step": 20, "eval/avg_at_k": 0.5, "eval/pass_at_k": 0.75, "eval/held/avg_at_k": 0.125, "reward/mean": 0.25}\n'
+    )
+    to_hf(alone, tmp_path / "tiny-reheated", verify=False)
+    card = (tmp_path / "tiny-reheated" / "README.md").read_text()
+    for word in ("/home", "jane", "doe", "private", str(tmp_path), str(Path.home())):
+        assert word not in card, word
+    for line in (
+        "tiny-llama, trained with method.py:Mine: a llama model",
+        "| base model | tiny-llama |",
+        "| run.fork_from | trunk |",
+        "| eval/avg_at_k | 0.5 | 20 |",
+        "| eval/held/avg_at_k | 0.125 | 20 |",
+        "The run's held-out prompts, 8 samples of each at temperature 1.0 and top-p 0.7.",
+        "Prompts go through the tokenizer's chat template, as in training.",
+    ):
+        assert line in card, line
+    recipe = yaml.safe_load(card.split("```yaml\n")[1].removesuffix("```\n"))
+    assert recipe["data"]["path"] == ["a.jsonl", "b.jsonl"] and recipe["run"]["folder"] == "{name}"
+    assert recipe["reward"]["function"] == {"score.py:score": 1.0} and recipe["data"]["options"]["cache"] == "--at=x"
+    assert recipe["data"]["system_prompt"] == "/no_think Answer in a word."
+    with_transformers, with_vllm = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert 'name = "tiny-reheated"' in with_transformers and 'LLM(model="tiny-reheated")' in with_vllm
+    assert "llm.chat(messages, sampling, chat_template_kwargs={'enable_thinking': False})" in with_vllm
+    monkeypatch.chdir(tmp_path)
+    exec(with_transformers, {})
+    assert capsys.readouterr().out
+    compile(with_vllm, "card", "exec")
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        ({"template": "raw", "raw_template": "{target}|{numbers}="},
+         ['prompt = "{target}|{numbers}=".replace("{target}", "What is 7 * 8?").replace("{numbers}", "...")',
+          "Prompts are plain text, as in training; the tokenizer has a chat template, with which it was not trained."]),
+        ({"template": "raw"}, ['prompt = "What is 7 * 8?"', "llm.generate([prompt], sampling)"]),
+        ({}, ['messages = [{"role": "user", "content": "What is 7 * 8?"}]',
+              "Prompts go through the tokenizer's chat template."]),
+    ],
+    ids=["fields", "raw", "unknown"],
+)  # fmt: skip
+def test_the_card_prompts_as_the_run_did(data, lines):
+    text = usage('a"b', {"data": data}, has_chat_template=True)
+    assert all(line in text for line in lines), text
+    for program in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(program, "card", "exec")
+    assert renamed(text, 'a"b', "jane/reheated").count('"jane/reheated"') == 2
+
+
+def test_of_a_path_its_last_name_stays():
+    for given, left in (
+        ("/a", "a"), ("~/b/c.jsonl", "c.jsonl"), ("../x/y z", "y z"), ("file:///a/b", "b"), ("x=/a/b,/c/d", "x=b,d"),
+        ("https://host/a/b", "https://host/a/b"), ("hf://datasets/a/b", "hf://datasets/a/b"), ("Qwen/Q3", "Qwen/Q3"),
+        ("data/train.jsonl", "data/train.jsonl"), ("1/2 and 3/4", "1/2 and 3/4"), ("/", "/"),
+    ):  # fmt: skip
+        assert without_paths({"key": [given]}) == {"key": [left]}, given

@@ -29,8 +29,8 @@ from megatron_reheat.recipe import dump_config, load_config
 from megatron_reheat.rollout.server.gloo_group import make_store
 from megatron_reheat.rollout.server.guard import TokenGuard, server_token
 from megatron_reheat.rollout.server.servers import Servers
-from megatron_reheat.run_folder import RunFolder
-from megatron_reheat.run_logger import _WandB
+from megatron_reheat.run_folder import RunFolder, read_config_tree
+from megatron_reheat.trackers import WandB
 
 TOKEN = "0123456789abcdef0123"
 SECRETS = ("hunter22hunter22", "s3cr3t-pass", "hf_" + "a" * 34, "0" * 39 + "f")
@@ -72,13 +72,23 @@ def test_nothing_that_a_run_writes_or_sends_holds_a_secret(tmp_path: Path, monke
         init=lambda **given: sent.update(given) or SimpleNamespace(define_metric=lambda *a, **k: None)
     )
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=tracker.init, Error=OSError))
-    _WandB(config, run)
+    WandB(config, run)
     assert clean(json.dumps(sent["config"])) and sent["config"]["data"]["options"]["token"] == HIDDEN
     # as an earlier version wrote it
     run.metrics.write_text('{"step": 1, "stage": "rlvr", "round": 0, "policy_version": 1, "entropy/mean": 1.0}\n')
     for text in (run.config.read_text(), recipe(tmp_path).read_text()):
         run.config.write_text(text)
-        card = model_card(run.path, {}, model_type="llama", num_parameters=1, dtype="float32", verified="")
+        card = model_card(
+            run.path,
+            read_config_tree(run.path),
+            {},
+            name="out",
+            has_chat_template=False,
+            model_type="llama",
+            num_parameters=1,
+            dtype="float32",
+            verified="",
+        )
         assert clean(card) and clean(write_report([run.path]).html.read_text())
     assert clean(dump_config(config)) and "private/set" in dump_config(config)
 
@@ -167,7 +177,10 @@ def test_names_and_texts_are_shown_as_they_are(tmp_path: Path) -> None:
     assert "<script>" not in page and "<img src=x" not in page and "&lt;script&gt;" in page
     card = model_card(
         tmp_path / "run",
+        read_config_tree(tmp_path / "run"),
         {},
+        name="out",
+        has_chat_template=False,
         model_type="llama",
         num_parameters=1,
         dtype="float32",

@@ -343,3 +343,14 @@ def test_wandb_offline_writes_a_run_and_keeps_its_id(tmp_path: Path, monkeypatch
     stored = list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
     assert len(stored) >= 1
     assert any(b"entropy/mean" in path.read_bytes() for path in stored)
+
+
+@pytest.mark.parametrize(("module", "key"), [("mlflow", "mlflow_experiment"), ("trackio", "trackio_project")])
+def test_a_missing_tracker_says_what_to_do(
+    module: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(
+        ReheatError, match=rf"logging\.{key} is 'reheat' but {module} is not installed; pip install {module}"
+    ):
+        log_steps(tmp_path, range(1, 2), logging={key: "reheat"})
