@@ -230,7 +230,9 @@ def _find_hf_folder(run: Path, config: dict[str, Any], hf_source: str | None) ->
 def _spoke_in_turns(config: dict[str, Any]) -> bool:
     """Like `inputs.speaks_in_turns`, of a run whose configuration may be another version's."""
     held_out = config.get("eval") or {}
-    return any(isinstance(d, dict) and d.get("template") == "chat" for d in (config.get("data"), held_out.get("data")))
+    suites = held_out.get("suites") or {}
+    data = (config.get("data"), held_out.get("data"), *(suites.values() if isinstance(suites, dict) else ()))
+    return any(isinstance(d, dict) and d.get("template") == "chat" for d in data)
 
 
 def refuse_existing(out: Path) -> None:
