@@ -61,6 +61,12 @@ class Architecture:
         return attention + 3 * self.hidden_size * self.intermediate_size
 
     @property
+    def attention_length(self) -> float:
+        """Of a sequence whose attention is as much work as its matrix products: each of them is 2 operations a parameter and
+        token, attention 2 a channel and token before, half of the sequence in the mean, for keys and values each."""
+        return self.matrix_parameters / self.query_width
+
+    @property
     def vector_parameters(self) -> int:
         """Of one layer's norms and biases."""
         norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)

@@ -282,6 +282,7 @@ class Engine:
             aggregation=aggregation,
             device=self.topology.device,
             beside=beside,
+            attention_length=Architecture.from_hf(self.hf).attention_length,
         )
 
     def _run(self, micros: Sequence[MicroBatch], evaluate: Evaluate, *, forward_only: bool) -> list[MetricSums]:

@@ -8,6 +8,7 @@ wherever the next token is not part of a response.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -100,30 +101,33 @@ def make_microbatches(
     aggregation: Aggregation = "token_mean",
     device: torch.device | str = "cpu",
     beside: Sequence[TrainBatch] = (),
+    attention_length: float = math.inf,
 ) -> list[MicroBatch]:
     """This rank's share of `batch`, in micro-batches of at most `microbatch_tokens` tokens before alignment.
 
     Every rank computes the same plan, so all get the same number of micro-batches without communicating; ranks that run
     short get micro-batches without a sequence, as do those whose sequences have no tokens. The loss does not depend on the
     plan: weights are global. Batches of as many sequences that are read `beside` this one are cut alike: each has to name the
-    others.
+    others. `attention_length` is that of a sequence whose attention takes as long as all else: replicas get as much to do as
+    each other, not as many tokens.
     """
     lengths = [max(len(s.token_ids) for s in row) for row in zip(*(b.sequences for b in (batch, *beside)), strict=True)]
-    plans = [_fill_bins(share, lengths, microbatch_tokens) for share in _balance(range(len(batch)), lengths, data_size)]
+    costs = [n * (1 + n / attention_length) for n in lengths]
+    plans = [_fill_bins(share, lengths, microbatch_tokens) for share in _balance(range(len(batch)), costs, data_size)]
     num_microbatches = max(len(plan) for plan in plans)
     mine = plans[data_rank] + [[] for _ in range(num_microbatches - len(plans[data_rank]))]
     weights = _token_weight(batch, aggregation), _token_weight(batch, "sequence_mean")
     return [_pack(batch, indices, weights, alignment, device) for indices in mine]
 
 
-def _balance(indices: Sequence[int], lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Longest first, each to the rank with the fewest tokens."""
+def _balance(indices: Sequence[int], costs: Sequence[float], num_ranks: int) -> list[list[int]]:
+    """Costliest first, each to the rank with the least to do."""
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
-    for index in _longest_first(indices, lengths):
+    loads = [0.0] * num_ranks
+    for index in _largest_first(indices, costs):
         rank = loads.index(min(loads))
         shares[rank].append(index)
-        loads[rank] += lengths[index]
+        loads[rank] += costs[index]
     return shares
 
 
@@ -131,7 +135,7 @@ def _fill_bins(indices: Sequence[int], lengths: Sequence[int], capacity: int) ->
     """First-fit decreasing; sequences of like length meet, which keeps padded attention dense."""
     bins: list[list[int]] = []
     space: list[int] = []
-    for index in _longest_first(indices, lengths):
+    for index in _largest_first(indices, lengths):
         length = lengths[index]
         slot = next((i for i, free in enumerate(space) if free >= length), None)
         if slot is None:
@@ -143,8 +147,8 @@ def _fill_bins(indices: Sequence[int], lengths: Sequence[int], capacity: int) ->
     return bins
 
 
-def _longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    return sorted(indices, key=lambda i: (-lengths[i], i))
+def _largest_first(indices: Sequence[int], sizes: Sequence[float]) -> list[int]:
+    return sorted(indices, key=lambda i: (-sizes[i], i))
 
 
 def _token_weight(batch: TrainBatch, aggregation: Aggregation) -> Callable[[TrainSequence], float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -133,3 +134,22 @@ def test_a_share_of_its_own_leaves_the_others_theirs_and_weighs_the_same_over_an
     of_cuts = [weights(cut) for cut in cuts]
     assert [w[False] for w in of_cuts] == [pytest.approx(1.0)] * 2
     assert sum(w[True] for w in of_cuts) / 2 == pytest.approx(expected)
+
+
+def test_replicas_get_as_much_work_as_each_other_not_as_many_tokens():
+    """Attention of a long sequence is work that its tokens do not show."""
+    batch, limit = _batch([2000, *[100] * 60]), 500.0
+
+    def work(attention_length: float) -> list[float]:
+        micros = [
+            make_microbatches(
+                batch, data_rank=r, data_size=2, microbatch_tokens=4096, alignment=1, attention_length=attention_length
+            )
+            for r in (0, 1)
+        ]
+        lengths = [[len(batch.sequences[i].token_ids) for m in own for i in m.sequence_indices] for own in micros]
+        assert sorted(sum(lengths, [])) == sorted(len(s.token_ids) for s in batch.sequences)
+        return [sum(n * (1 + n / limit) for n in own) for own in lengths]
+
+    by_tokens, by_work = work(math.inf), work(limit)
+    assert max(by_tokens) > 1.3 * min(by_tokens) and max(by_work) < 1.2 * min(by_work)
