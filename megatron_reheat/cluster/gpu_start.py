@@ -32,7 +32,7 @@ def check_gpu_start(config: Config, world_size: int, *, force: bool) -> None:
     if force:
         return
     # not before: they bring Megatron, which a launcher on the CPU has no use for
-    from megatron_reheat.cluster.estimate import GIB, GPUS
+    from megatron_reheat.cluster.gpus import GIB, GPUS
     from megatron_reheat.cluster.preflight import estimate_on, require_fit
 
     device = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))

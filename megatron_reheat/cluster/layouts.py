@@ -11,7 +11,8 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from megatron_reheat.cluster.estimate import GIB, NODE_GPUS, Estimate
+from megatron_reheat.cluster.estimate import Estimate
+from megatron_reheat.cluster.gpus import GIB, NODE_GPUS
 from megatron_reheat.cluster.preflight import MIN_WIDTH, estimate_on, gpu_called, require_fit
 from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError

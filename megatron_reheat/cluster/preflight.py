@@ -10,17 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_reheat.cluster.estimate import (
-    CONSTANT_TEXTS,
-    GIB,
-    GPUS,
-    NODE_GPUS,
-    Batch,
-    Estimate,
-    FrozenShape,
-    Gpu,
-)
+from megatron_reheat.cluster.estimate import Estimate
+from megatron_reheat.cluster.gpus import CONSTANT_TEXTS, GIB, GPUS, NODE_GPUS, Gpu
 from megatron_reheat.cluster.published import comparisons
+from megatron_reheat.cluster.workload import Batch, FrozenShape
 from megatron_reheat.config import Config, ModelConfig
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.methods import choose_method

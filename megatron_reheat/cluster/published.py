@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_reheat.cluster.estimate import GPUS, Estimate, Lengths
+from megatron_reheat.cluster.estimate import Estimate
+from megatron_reheat.cluster.gpus import GPUS
+from megatron_reheat.cluster.workload import Lengths
 from megatron_reheat.model.architecture import LLAMA_31_8B, QWEN3, Architecture
 from megatron_reheat.recipe import parse_config
 

@@ -18,10 +18,12 @@ import torch
 from rich.console import Console
 
 from megatron_reheat.cli import main
-from megatron_reheat.cluster.estimate import CONSTANT_TEXTS, GIB, GPUS, Constants, Estimate, FrozenShape, Lengths
+from megatron_reheat.cluster.estimate import Estimate
 from megatron_reheat.cluster.gpu_start import check_gpu_start
+from megatron_reheat.cluster.gpus import CONSTANT_TEXTS, GIB, GPUS, Constants
 from megatron_reheat.cluster.preflight import check, find_knee, make_estimate, scaling
 from megatron_reheat.cluster.published import comparisons
+from megatron_reheat.cluster.workload import FrozenShape, Lengths
 from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.model.architecture import LLAMA_31_8B, QWEN, QWEN3, QWEN25, Architecture, read_architecture
