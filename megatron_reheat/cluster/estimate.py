@@ -81,14 +81,14 @@ class Estimate(Memory):
         step, so a thin tail costs as many steps as a thick one."""
         p, x, slots = batch.prompt_tokens, batch.lengths, self.concurrent_sequences(batch)
         waiting = batch.sequences_per_engine - slots
-        full = waiting * x.mean / slots * self._decode_step(slots, batch.resident_tokens)
+        full = waiting * x.mean / slots * self.decode_step_s(slots, batch.resident_tokens)
         longest = x.longest(slots)
         width = longest / _SLICES
         tail = 0.0
         for i in range(_SLICES):
             reached = (i + 0.5) * width
             alive = max(1.0, slots * math.exp(-reached / x.scale))
-            tail += width * self._decode_step(alive, p + reached)
+            tail += width * self.decode_step_s(alive, p + reached)
         prompts = math.ceil(batch.prompts / batch.num_engines)  # a group shares its prompt through the prefix cache
         flops = 2 * self.model.num_parameters * prompts * p / self.config.rollout.tensor
         return full + tail + flops / (self.gpu.flops * self.gpu.constants.prefill_flops)
@@ -98,7 +98,8 @@ class Estimate(Memory):
         by_cache = self.kv_cache_tokens / batch.resident_tokens
         return max(1.0, min(batch.sequences_per_engine, self.config.rollout.max_num_seqs, by_cache))
 
-    def _decode_step(self, requests: float, context: float) -> float:
+    def decode_step_s(self, requests: float, context: float) -> float:
+        """One token of each of so many sequences of `context` tokens."""
         m, constants = self.model, self.gpu.constants
         value = self.engine_value_bytes
         read = (m.num_hidden_layers * m.matrix_parameters + m.head_parameters) * value
@@ -172,7 +173,10 @@ class Estimate(Memory):
         p, mode = self.config.parallel, self.config.rollout.mode
         ranks = p.tensor * p.pipeline
         weights = self.model.num_parameters * self.engine_value_bytes
-        gather = weights * (ranks - 1) / ranks / self._link(ranks)
+        gather = (
+            weights * (ranks - 1) / ranks / self._link(ranks)
+            + self.model.num_tensors * self.gpu.constants.sync_tensor_s
+        )
         if mode == "colocated" and ranks > 1:
             gather += weights / self._link(ranks)
         if mode == "server":

@@ -23,6 +23,7 @@ class Constants:
     layer_launch_s: float = 1e-4
     collective_s: float = 20e-6
     host_copy_bytes_s: float = 4e9
+    sync_tensor_s: float = 5e-4
     generation_batches: float = 2.0
     engine_overhead_gib: float = ENGINE_OVERHEAD_GIB
     reserved_gib: float = 4.0
@@ -39,6 +40,7 @@ CONSTANT_TEXTS = {
     "layer_launch_s": "trainer: launch seconds per layer, pass and micro-batch",
     "collective_s": "collectives: seconds of latency per hop",
     "host_copy_bytes_s": "copies of the weights to host memory, bytes/s per GPU",
+    "sync_tensor_s": "weight sync: seconds for each tensor, in which vLLM finds its place",
     "generation_batches": "rollout batches per RL step under dynamic sampling (half of the groups kept)",
     "engine_overhead_gib": "vLLM: activations and CUDA graphs, GiB",
     "reserved_gib": "CUDA contexts, NCCL buffers and fragmentation, GiB",

@@ -12,6 +12,7 @@ from megatron_reheat.model.architecture import LLAMA_31_8B, QWEN3, Architecture
 from megatron_reheat.recipe import parse_config
 
 _NO_FILTER = {"dynamic_sampling": False}
+BLIND = "no constant was set by it"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,22 @@ def comparisons(mean_tokens: float) -> list[Comparison]:
             ("RL", 65_536, 3621.0, True),
             ("SFT", 16_384, 6215.0, False),
         )
+    ]
+    rows += [
+        Comparison(
+            "Megatron-Bridge: pretraining, Qwen3-8B, 16 x H100, TP1, 4,096 tokens, update alone",
+            "tok/s/GPU",
+            10_488.0,
+            _update_tokens_per_s(large, 4096, fused_head=True, num_gpus=16, sequences=16, recompute="none"),
+            f"{BLIND}; 16 sequences a GPU assumed",
+        ),
+        Comparison(
+            "vLLM 0.30: Qwen3-8B, one H100, 128 tokens in, 1,024 out, 396 at a time",
+            "tok/s",
+            13_322.0,
+            _decode_tokens_per_s(large, requests=396, prompt=128, response=1024),
+            BLIND,
+        ),
     ]
     nemo = _estimate(
         LLAMA_31_8B,
@@ -110,16 +127,50 @@ def _estimate(
     return Estimate(parse_config(sections), architecture, GPUS[gpu], num_gpus, mean_tokens, prompt_tokens)
 
 
-def _update_tokens_per_s(architecture: Architecture, length: int, *, fused_head: bool) -> float:
-    """Forward, backward and optimizer, one full-length sequence per GPU and step."""
+def _update_tokens_per_s(
+    architecture: Architecture,
+    length: int,
+    *,
+    fused_head: bool,
+    num_gpus: int = 8,
+    sequences: int = 1,
+    recompute: str = "full",
+) -> float:
+    """Forward, backward and optimizer, so many full-length sequences per GPU and step, one a micro-batch."""
     estimate = _estimate(
         architecture,
-        8,
+        num_gpus,
         mean_tokens=1.0,
-        model={"fused_head": fused_head},
+        model={"fused_head": fused_head, "recompute": recompute},
+        data={"max_prompt_tokens": 1},
+        rollout={"max_tokens": 2},
+        reheat={"max_tokens": 2},
         parallel={"microbatch_tokens": length},
     )
-    always_longest = Lengths(scale=1e6 * length, cap=length)
-    batch = replace(estimate.rl_batch, prompts=8, group_size=1, lengths=always_longest, prompt_tokens=0.0)
+    batch = replace(
+        estimate.rl_batch,
+        prompts=num_gpus * sequences,
+        group_size=1,
+        lengths=_always(length),
+        prompt_tokens=0.0,
+    )
     seconds = estimate.pass_seconds(batch, training=True) + estimate.optimizer_seconds()
-    return batch.tokens / 8 / seconds
+    return batch.tokens / num_gpus / seconds
+
+
+def _decode_tokens_per_s(architecture: Architecture, *, requests: int, prompt: int, response: int) -> float:
+    """Of one engine on one GPU that is never short of requests."""
+    estimate = _estimate(
+        architecture,
+        1,
+        mean_tokens=1.0,
+        prompt_tokens=prompt,
+        rollout={"max_tokens": response, "max_num_seqs": requests, "gpu_memory_utilization": 0.9},
+    )
+    batch = replace(estimate.rl_batch, lengths=_always(response))
+    return requests / estimate.decode_step_s(requests, batch.resident_tokens)
+
+
+def _always(length: int) -> Lengths:
+    """Responses of that length each."""
+    return Lengths(scale=1e6 * length, cap=length)

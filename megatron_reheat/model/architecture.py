@@ -78,6 +78,12 @@ class Architecture:
         return self.vocab_size * self.hidden_size
 
     @property
+    def num_tensors(self) -> int:
+        """Of the model's folder: each layer's seven matrices, norms and biases, and what is not a layer's."""
+        each = 7 + 2 + 2 * self.qk_norm + 3 * self.qkv_bias
+        return self.num_hidden_layers * each + (2 if self.tie_word_embeddings else 3)
+
+    @property
     def num_parameters(self) -> int:
         layers = self.num_hidden_layers * (self.matrix_parameters + self.vector_parameters)
         return layers + (1 if self.tie_word_embeddings else 2) * self.head_parameters + self.hidden_size
