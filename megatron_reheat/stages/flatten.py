@@ -1,8 +1,12 @@
 """Exact flattening: the policy becomes its own distribution at a higher temperature, without a step of training.
 
 Dividing the weight of the norm before the head by T divides every logit by T: what reheating trains towards (arXiv 2606.00755,
-section 3), reached in closed form, and the control that tells what the training adds. Sampling the old policy at T gives the
-same responses; but there the gradient is that of the old logits over T, and here that of logits that are smaller.
+section 3), reached in closed form, and the control that tells what the training adds.
+
+Sampling the old policy at T (`controller.action=rollout_temperature`) gives the same responses for the same seeds, and RL that
+takes its log-probabilities at T, as ours does, the same gradient of every parameter but that norm's weight, whose gradient is T
+times as large here. The two ways part with the optimizer, which steps the smaller weight as far, and with whoever samples the
+policy at temperature 1 afterwards: an evaluation, a user.
 """
 
 from __future__ import annotations

@@ -161,6 +161,25 @@ def test_seeds_decide_the_samples_and_nothing_else_does(tied):
     assert len({tuple(tokens) for tokens in first[:6]}) == 6  # equal prompts do not share streams
 
 
+def test_a_flattened_policy_gives_the_samples_of_a_hotter_one(tied):
+    """The norm's weight over T, sampled at 1, against the weights as they are, sampled at T, with the same seeds."""
+    temperature, prompts = 1.25, PROMPTS * 4
+    hot = tied.engine.generate(prompts, SamplingParams(temperature=temperature, max_tokens=24), n=4, seed=11)
+    norm = tied.model.model.norm.weight
+    with torch.no_grad():
+        norm /= temperature
+    tied.push()
+    flattened = tied.engine.generate(prompts, SamplingParams(temperature=1.0, max_tokens=24), n=4, seed=11)
+    with torch.no_grad():
+        norm *= temperature
+    tied.push()
+    pairs = list(zip(flat(hot), flat(flattened), strict=True))
+    # a sample parts from the other only where two tokens are as likely as each other to the last bits
+    assert len(pairs) == 64 and sum(a == b for a, b in pairs) >= 63
+    unlike = flat(tied.engine.generate(prompts, SamplingParams(temperature=1.0, max_tokens=24), n=4, seed=11))
+    assert sum(a == b for (a, _), b in zip(pairs, unlike, strict=True)) < 32
+
+
 def test_seeded_requests_beyond_one_prefill_batch(tied):
     # 48 x 200 prompt tokens exceed the token budget of a step, where a cut prefill would break CPU generators
     prompts = [[3 + i % 20, *LONG_PROMPT[1:]] for i in range(48)]

@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable
 
 import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_reheat.config import ControllerConfig
 from megatron_reheat.stages.controller import Controller, ControllerState, Verdict
@@ -69,3 +72,29 @@ def test_the_controller_flattens_in_place_of_reheating() -> None:
     ]  # after cooling
     controller.carry_out(Verdict.FLATTEN)
     assert {controller.observe_rl(0.01) for _ in range(9)} == {Verdict.CONTINUE}  # max_rounds
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_gradient_is_that_of_sampling_at_the_temperature_but_for_the_norm(tied: bool) -> None:
+    temperature = 1.3
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, tie_word_embeddings=tied, initializer_range=0.2,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).double()
+    tokens, advantages = torch.randint(32, (3, 12)), torch.randn(3, 11).double()
+
+    def gradients(at: float) -> dict[str, Tensor]:
+        model.zero_grad()
+        logprobs = (model(tokens).logits[:, :-1] / at).log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+        (-advantages * logprobs).mean().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    sampled_hot = gradients(temperature)
+    with torch.no_grad():
+        model.model.norm.weight /= temperature
+    flattened = gradients(1.0)
+    for name, gradient in flattened.items():
+        factor = temperature if name == "model.norm.weight" else 1.0
+        assert (gradient - factor * sampled_hot[name]).abs().max() < 1e-12 * gradient.abs().max() + 1e-14, name
