@@ -45,6 +45,7 @@ def train_once(series: RunSeries, config: Config) -> dict[str, Any]:
     hints: list[int | None] = []
     with series.run(config) as run:
         run.method.weigh = watched(run.method.weigh, seen)
+        run.engine.update = watched_update(run.engine.update, seen)
         tools = run.method.tools
         run.method.tools = replace(tools, hinted_prompt=counted(tools.hinted_prompt, hints))
         assert run.go()
@@ -58,16 +59,32 @@ def watched(weigh: Any, seen: list[dict[str, Any]]) -> Any:
     """Notes what the mean entropy of the policy's own samples is, told by what they were sampled from and how."""
 
     def watch(batch: TrainBatch, scores: Scores, scoring: Any) -> TrainBatch:
-        own = []
-        for sequence, entropies in zip(batch.sequences, scores.entropies, strict=True):
-            completion = sequence.completion
-            if completion and (completion.sampler, completion.sampling_temperature) == (POLICY, 1.0):
-                own.append(torch.from_numpy(entropies).double())
-        entropy = torch.cat(own).mean().item() if own else None
-        seen.append({"own": len(own), "others": len(batch) - len(own), "entropy": entropy})
+        seen.append(measured(batch, scores))
         return weigh(batch, scores, scoring)
 
     return watch
+
+
+def watched_update(update: Any, seen: list[dict[str, Any]]) -> Any:
+    """The same of a step whose only update scores the batch itself."""
+
+    def watch(batch: TrainBatch, *arguments: Any, **options: Any) -> Any:
+        result = update(batch, *arguments, **options)
+        if result.scores is not None:
+            seen.append(measured(batch, result.scores))
+        return result
+
+    return watch
+
+
+def measured(batch: TrainBatch, scores: Scores) -> dict[str, Any]:
+    own = []
+    for sequence, entropies in zip(batch.sequences, scores.entropies, strict=True):
+        completion = sequence.completion
+        if completion and (completion.sampler, completion.sampling_temperature) == (POLICY, 1.0):
+            own.append(torch.from_numpy(entropies).double())
+    entropy = torch.cat(own).mean().item() if own else None
+    return {"own": len(own), "others": len(batch) - len(own), "entropy": entropy}
 
 
 def counted(hinted_prompt: Callable[[Prompt, str | None], TokenArray | None], hints: list[int | None]) -> Any:
