@@ -12,6 +12,8 @@ from collections.abc import Iterable
 _PR_SET_PDEATHSIG = 1
 # what makes a process a rank of the trainer's job
 _TORCHRUN_VARIABLES = frozenset(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+# of the trainer alone (`parallel.topology.order_kernels`)
+_TRAINER_VARIABLES = ("CUDA_DEVICE_MAX_CONNECTIONS",)
 _TORCHRUN_PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "PET_")
 
 
@@ -20,7 +22,7 @@ def helper_environment() -> dict[str, str]:
     return {
         key: value
         for key, value in os.environ.items()
-        if key not in _TORCHRUN_VARIABLES and not key.startswith(_TORCHRUN_PREFIXES)
+        if key not in (*_TORCHRUN_VARIABLES, *_TRAINER_VARIABLES) and not key.startswith(_TORCHRUN_PREFIXES)
     }
 
 

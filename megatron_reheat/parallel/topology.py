@@ -111,6 +111,13 @@ def _values(gathered: list[tuple[Any, str | None]]) -> list[Any]:
     return [value for value, _ in gathered]
 
 
+def order_kernels(config: Config) -> None:
+    """Before CUDA is used: with tensor parallelism Megatron counts on kernels starting in the order in which they are queued, so
+    that a collective begins before the matrix product that it overlaps with. Whoever sets the variable knows better."""
+    if config.parallel.tensor > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
 def initialize(config: Config) -> Topology:
     """Joins the process group torchrun prepared (or makes a group of one) and lays out TP x PP x DP.
 
@@ -125,6 +132,7 @@ def initialize(config: Config) -> Topology:
         # ranks that each take every core fight each other to a crawl
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     else:
+        order_kernels(config)
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType
 
@@ -12,6 +13,9 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.model.backend import choose_backend
+from megatron_reheat.parallel.topology import order_kernels
+from megatron_reheat.processes import helper_environment
+from megatron_reheat.recipe import parse_config
 
 FUSED = "fused_weight_gradient_mlp_cuda"
 
@@ -58,3 +62,18 @@ def test_a_transformer_engine_that_does_not_load_is_not_there(install, monkeypat
         ConfigError, match=r"transformer-engine, and it does not import here; use model\.attention=auto"
     ):
         choose_backend("transformer_engine")
+
+
+@pytest.mark.parametrize(("tensor", "before", "after"), [(1, None, None), (2, None, "1"), (2, "8", "8")])
+def test_kernels_are_ordered_for_tensor_parallelism_in_the_trainer_alone(
+    tensor: int, before: str | None, after: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    order_kernels(
+        parse_config({"model": {"hf_path": "m"}, "data": {"path": "d"}, "parallel": {"tensor": tensor, "data": 1}})
+    )
+    assert os.environ.get(name) == after and name not in helper_environment()
+    monkeypatch.delenv(name, raising=False)  # what was set here
