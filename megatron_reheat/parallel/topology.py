@@ -112,8 +112,8 @@ def _values(gathered: list[tuple[Any, str | None]]) -> list[Any]:
 
 
 def order_kernels(config: Config) -> None:
-    """Before CUDA is used: with tensor parallelism Megatron counts on kernels starting in the order in which they are queued, so
-    that a collective begins before the matrix product that it overlaps with. Whoever sets the variable knows better."""
+    """Before CUDA is used: with tensor parallelism Megatron counts on kernels starting in the order in which they are queued,
+    so that a collective begins before the matrix product that it overlaps with. Whoever sets the variable knows better."""
     if config.parallel.tensor > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
