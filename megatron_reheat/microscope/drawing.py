@@ -66,6 +66,7 @@ def draw_entropy_histogram(ax: Axes, view: View) -> None:
     # most tokens of a sharp policy are in the first bin
     ax.set_yscale("log")
     ax.set_ylim(bottom=0.7)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     ax.set(title="Entropy of the tokens", xlabel="nats", ylabel="tokens")
     ax.legend()
 
@@ -105,7 +106,7 @@ def draw_cka(ax: Axes, view: View) -> None:
     bottom = min((value for value in values if np.isfinite(value)), default=0.0)
     ax.set_ylim(0 if bottom < 0.9 else bottom - 0.1 * max(1 - bottom, 1e-3), 1 + 0.1 * max(1 - bottom, 1e-3))
     ax.ticklabel_format(axis="y", useOffset=False)
-    ax.set(title="Linear CKA behind each layer")
+    ax.set(title="Linear CKA by layer")
 
 
 def draw_displacement(ax: Axes, view: View) -> None:
@@ -113,11 +114,11 @@ def draw_displacement(ax: Axes, view: View) -> None:
     if not blocks:
         _say_empty(ax, view, "Weight displacement", "the models' weights have different shapes")
         return
-    ax.bar(range(len(blocks)), [block.relative or 0.0 for block in blocks], color=view.theme.arms[0], width=0.7)
+    ax.bar(range(len(blocks)), [block.relative or 0.0 for block in blocks], color=view.theme.arms[2], width=0.7)
     _name_blocks(ax, [block.block for block in blocks])
     ax.grid(axis="x", visible=False)
     ax.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
-    ax.set(title="Weight displacement, relative")
+    ax.set(title="Weight displacement", ylabel="|B - A| / |A|")
     if any(block.cosine is not None for block in blocks):
         ax.set_ylim(top=1.25 * (ax.get_ylim()[1] or 1.0))
         _draw_cosines(ax, view, [np.nan if block.cosine is None else block.cosine for block in blocks])
@@ -135,11 +136,11 @@ PANELS: tuple[Callable[[Axes, View], None], ...] = (
 
 def _draw_cosines(ax: Axes, view: View, cosines: Sequence[float]) -> None:
     other = ax.twinx()
-    other.plot(cosines, color=view.theme.arms[1], marker="o", markersize=4, linestyle=(0, (3, 2)))
+    other.plot(cosines, color=view.theme.arms[3], marker="o", markersize=4, linestyle=(0, (3, 2)))
     other.set_ylim(-1.05, 1.05)
     other.grid(visible=False)
     other.spines["right"].set_visible(True)
-    other.set_ylabel("cosine with C - A", color=view.theme.arms[1])
+    other.set_ylabel("cosine with C - A", color=view.theme.arms[3])
 
 
 def _by_position(ax: Axes, view: View, lines: Sequence[tuple[str, str]], colours: Sequence[str]) -> None:
