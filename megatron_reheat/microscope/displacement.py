@@ -14,7 +14,7 @@ from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import EMBEDDING, HEAD, tensor_shapes
 from megatron_reheat.model.provider import read_hf_config
 
-OVERALL = "all"
+HEAD_BLOCK, OVERALL = "head", "all"
 # elements whose float64 copies exist at a time
 CHUNK = 1 << 22
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -98,4 +98,4 @@ def _order(name: str) -> tuple[int, str]:
 def _block(name: str) -> str:
     if layer := _LAYER.match(name):
         return f"layer {int(layer[1]) + 1}"
-    return {EMBEDDING: "embedding", HEAD: "head"}.get(name, "final norm")
+    return {EMBEDDING: "embedding", HEAD: HEAD_BLOCK}.get(name, "final norm")

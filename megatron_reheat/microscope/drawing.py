@@ -114,7 +114,9 @@ def draw_displacement(ax: Axes, view: View) -> None:
     if not blocks:
         _say_empty(ax, view, "Weight displacement", "the models' weights have different shapes")
         return
-    ax.bar(range(len(blocks)), [block.relative or 0.0 for block in blocks], color=view.theme.arms[2], width=0.7)
+    ax.bar(
+        range(len(blocks)), [block.relative or 0.0 for block in blocks], color=view.theme.arms[2], alpha=0.6, width=0.7
+    )
     _name_blocks(ax, [block.block for block in blocks])
     ax.grid(axis="x", visible=False)
     ax.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))

@@ -81,6 +81,7 @@ def _page(comparison: Comparison) -> str:
         columns=table.columns(comparison.tokens),
         rows=table.ROWS,
         blocks=table.blocks(comparison),
+        reading=table.reading,
         overall=OVERALL,
     )
 

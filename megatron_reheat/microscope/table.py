@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from megatron_reheat.microscope.displacement import OVERALL, BlockDisplacement
+from megatron_reheat.microscope.displacement import HEAD_BLOCK, OVERALL, BlockDisplacement
 from megatron_reheat.microscope.figures import Comparison, Means, TokenSummary
 
 WIDTH = 80
@@ -18,14 +18,19 @@ ROWS = (
     ("top-10 overlap", "overlap"),
     ("taken token's rank, A", "rank_a"),
     ("taken token's rank, B", "rank_b"),
-    ("  it is the likeliest, A", "first_a"),
-    ("  it is the likeliest, B", "first_b"),
+    ("share ranked first, A", "first_a"),
+    ("share ranked first, B", "first_b"),
 )
 
 
 def shown(value: float | None) -> str:
     """Four significant digits, a dash for what is not there."""
     return "-" if value is None else f"{value:.4g}"
+
+
+def reading(block: str, cka: float | None) -> str:
+    """The head's output are the predictions, which have figures of their own."""
+    return "" if block in (HEAD_BLOCK, OVERALL) else shown(cka)
 
 
 def columns(tokens: TokenSummary) -> dict[str, Means]:
@@ -78,5 +83,5 @@ def _block_table(comparison: Comparison) -> Table:
         table.add_column(name, justify="right")
     for name, cka, block in blocks(comparison):
         moved = (None, None) if block is None else (block.relative, block.cosine)
-        table.add_row(name, "" if name == OVERALL else shown(cka), *map(shown, moved[: len(table.columns) - 2]))
+        table.add_row(name, reading(name, cka), *map(shown, moved[: len(table.columns) - 2]))
     return table
