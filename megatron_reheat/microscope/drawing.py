@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from megatron_reheat.analysis.look import DARK, DPI, LIGHT, Theme, shorten, style
+from megatron_reheat.analysis.look import DARK, DPI, LIGHT, Theme, style
 from megatron_reheat.analysis.plots import PANEL_INCHES, Picture, draw_alone, png
 from megatron_reheat.microscope.displacement import OVERALL
 from megatron_reheat.microscope.figures import Comparison
@@ -48,7 +48,7 @@ def draw_comparison(comparison: Comparison) -> bytes:
         for ax, draw in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
             draw(ax, view)
         names = (("A", comparison.a), ("B", comparison.b), ("C", comparison.reference))
-        title = "     ".join(f"{letter}: {shorten(name, LONGEST_NAME)}" for letter, name in names if name is not None)
+        title = "     ".join(f"{letter}: {_end_of(name)}" for letter, name in names if name is not None)
         figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
         return png(figure)
 
@@ -90,8 +90,8 @@ def draw_overlap(ax: Axes, view: View) -> None:
 
 def draw_entropy_by_position(ax: Axes, view: View) -> None:
     _by_position(ax, view, [("A", "entropy_a"), ("B", "entropy_b")], view.colours)
-    ax.set_ylim(bottom=0)
-    ax.set(title="Entropy by position", ylabel="nats")
+    top = max(max(each.means.entropy_a, each.means.entropy_b) for each in view.comparison.tokens.positions)
+    ax.set(title="Entropy by position", ylabel="nats", ylim=(0, 1.08 * top or 1.0))
 
 
 def draw_cka(ax: Axes, view: View) -> None:
@@ -118,7 +118,6 @@ def draw_displacement(ax: Axes, view: View) -> None:
         range(len(blocks)), [block.relative or 0.0 for block in blocks], color=view.theme.arms[2], alpha=0.6, width=0.7
     )
     _name_blocks(ax, [block.block for block in blocks])
-    ax.grid(axis="x", visible=False)
     ax.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
     ax.set(title="Weight displacement", ylabel="|B - A| / |A|")
     if any(block.cosine is not None for block in blocks):
@@ -169,14 +168,19 @@ def _few_ticks(ax: Axes) -> None:
 
 
 def _name_blocks(ax: Axes, names: Sequence[str]) -> None:
-    """Numbers for layers, words for what is before and behind them."""
-    short = {"embedding": "emb", "final norm": "norm"}
-    labels = [short.get(name, name.removeprefix("layer ")) for name in names]
-    last_layer = max((i for i, name in enumerate(names) if name.startswith("layer ")), default=0)
-    step = max(1, last_layer // 8)
-    shown = [i for i in range(len(names)) if not names[i].startswith("layer ") or i % step == 0 or i == 1]
-    ax.set_xticks(shown, [labels[i] for i in shown], rotation=45 if len(shown) > 7 else 0)
-    ax.set_xlabel("layer")
+    """Numbers for layers, letters for what is before and behind them, and no two so near that they touch."""
+    letters = {name: name[0].upper() for name in names if not name.startswith("layer ")}
+    last = len(names) - len(letters)
+    step = max(1, -(-last // 9))
+    shown = [i for i, name in enumerate(names) if name in letters or (i % step == 0 and last - i not in range(1, step))]
+    ax.set_xticks(shown, [letters.get(names[i], names[i].removeprefix("layer ")) for i in shown])
+    ax.grid(axis="x", visible=False)
+    ax.set_xlabel(f"layer ({', '.join(f'{letter}: {name}' for name, letter in letters.items())})")
+
+
+def _end_of(name: str) -> str:
+    """A path's end says more than its beginning."""
+    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
 
 
 def _say_empty(ax: Axes, view: View, title: str, why: str) -> None:
