@@ -172,7 +172,9 @@ def _name_blocks(ax: Axes, names: Sequence[str]) -> None:
     letters = {name: name[0].upper() for name in names if not name.startswith("layer ")}
     last = len(names) - len(letters)
     step = max(1, -(-last // 9))
-    shown = [i for i, name in enumerate(names) if name in letters or (i % step == 0 and last - i not in range(1, step))]
+    shown = [
+        i for i, name in enumerate(names) if name in letters or (i % step == 0 and (step == 1 or last - i >= step))
+    ]
     ax.set_xticks(shown, [letters.get(names[i], names[i].removeprefix("layer ")) for i in shown])
     ax.grid(axis="x", visible=False)
     ax.set_xlabel(f"layer ({', '.join(f'{letter}: {name}' for name, letter in letters.items())})")

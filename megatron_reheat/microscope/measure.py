@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_reheat.microscope.cka import linear_cka
 from megatron_reheat.microscope.figures import TokenSummary, positions_of, summarize
-from megatron_reheat.microscope.policy import Policy, States, reading_names
+from megatron_reheat.microscope.policy import Policy, States, reading_names, release_memory
 from megatron_reheat.microscope.probe import Probe, ProbeSequence
 from megatron_reheat.microscope.tokens import TokenFigures, compare_tokens
 
@@ -47,9 +47,11 @@ def measure(a: Path, b: Path, probe: Probe, cka_tokens: int, say: Callable[[str]
     head = policy.head.cpu()
     finals, layers_a = [], []
     for states in _states(policy, probe, chosen):
-        finals.append(states.final.cpu())
+        # a copy of these rows alone, where they are a view of the whole batch
+        finals.append(states.final.to("cpu", copy=True))
         layers_a.append([layer.cpu() for layer in states.layers])
     del policy
+    release_memory()
 
     say("running B")
     policy = Policy(b)
@@ -61,6 +63,7 @@ def measure(a: Path, b: Path, probe: Probe, cka_tokens: int, say: Callable[[str]
         layers_b.append([layer.cpu() for layer in states.layers])
     device = policy.device
     del policy, head
+    release_memory()
 
     lengths = [len(sequence.response) for sequence in probe.sequences]
     summary = summarize(TokenFigures.joined(parts), positions_of(lengths))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +74,13 @@ def _padded(batch: Sequence[ProbeSequence]) -> Tensor:
     for row, sequence in zip(tokens, batch, strict=True):
         row[: len(sequence)] = torch.tensor([*sequence.prompt, *sequence.response])
     return tokens
+
+
+def release_memory() -> None:
+    """Of a policy that nothing refers to any more: a model may refer to itself."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def reading_names(num_layers: int) -> list[str]:

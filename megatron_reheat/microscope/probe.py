@@ -129,7 +129,9 @@ class _Reader:
         ids = [*self._encode(response), *end]
         num_tokens = record.get("num_tokens")
         if num_tokens is not None and len(ids) != num_tokens and self._joins_by_spaces:
-            ids = [*self._tokenizer.convert_tokens_to_ids(response.split(" ") if response else []), *end]
+            apart = self._tokenizer.convert_tokens_to_ids(response.split(" "))
+            if None not in apart and len(apart) + len(end) == num_tokens:
+                ids = [*apart, *end]
         self.num_otherwise += num_tokens is not None and len(ids) != num_tokens
         if not prompt_ids:  # nothing is there that could predict the first token
             prompt_ids, ids = ids[:1], ids[1:]

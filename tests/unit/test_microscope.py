@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,29 @@ def test_cka_of_some_tokens_spread_over_the_probe(folders: dict[str, Path], prob
     assert measured.num_cka_tokens == 11 and measured.cka is not None
     assert measured.cka["layer 2"] == pytest.approx(gram_cka(x, y), rel=1e-4)
     assert run(folders["a"], folders["b"], probe, cka_tokens=0)[1:] == (None, 0)
+
+
+def test_one_model_is_in_memory_at_a_time_and_of_a_the_rows_that_count(
+    folders: dict[str, Path], probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+    numbers, kept = [], []
+
+    class Watched(measuring.Policy):
+        def __init__(self, folder: Path) -> None:
+            super().__init__(folder)
+            alive.add(self._model)
+            numbers.append(len(alive))
+
+    def watched(hidden_a: Tensor, *others: Tensor) -> TokenFigures:
+        kept.append((tuple(hidden_a.shape), hidden_a.untyped_storage().nbytes()))
+        return compare_tokens(hidden_a, *others)
+
+    monkeypatch.setattr(measuring, "Policy", Watched)
+    monkeypatch.setattr(measuring, "compare_tokens", watched)
+    run(folders["a"], folders["b"], probe)
+    assert numbers == [1, 1]
+    assert kept == [((response, 48), response * 48 * 4) for _, response in LENGTHS]
 
 
 def test_a_policy_does_not_differ_from_itself(folders: dict[str, Path], probe: Probe) -> None:
