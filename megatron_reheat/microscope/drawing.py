@@ -72,12 +72,9 @@ def draw_entropy_histogram(ax: Axes, view: View) -> None:
 
 
 def draw_kl_by_position(ax: Axes, view: View) -> None:
-    floor = min(
-        (value for each in view.comparison.tokens.positions for value in (each.means.kl_ab, each.means.kl_ba) if value),
-        default=None,
-    )
     _by_position(ax, view, [("KL(A || B)", "kl_ab"), ("KL(B || A)", "kl_ba")], view.colours)
-    if floor is not None:
+    # a policy against itself has nothing that a logarithm could show
+    if any(each.means.kl_ab > 0 for each in view.comparison.tokens.positions):
         ax.set_yscale("log", nonpositive="mask")
         _few_ticks(ax)
     ax.set(title="KL divergence by position", ylabel="nats")
