@@ -35,6 +35,7 @@ setup(
         "megatron_reheat": ["py.typed"],
         "megatron_reheat.analysis": ["*.j2"],
         "megatron_reheat.cluster": ["*.template"],
+        "megatron_reheat.microscope": ["*.j2"],
     },
     cmdclass={"build_py": BuildWithRecipes},
     # Every one is imported by megatron_reheat/. Those that are heavy, or that one place alone needs, and why they stay (MB as
@@ -79,7 +80,7 @@ setup(
         # NVIDIA Apex is optional, speeds up the fused optimizer and norms, and comes from its own source tree:
         # `pip install --no-build-isolation .` there, with APEX_CPP_EXT=1 APEX_CUDA_EXT=1.
         "gpu": [f"vllm=={VERSIONS['VLLM']}", f"transformer-engine[pytorch]{VERSIONS['TRANSFORMER_ENGINE_RANGE']}"],
-        # procedural tasks, `reheat report`, and where metrics go
+        # procedural tasks, `reheat report` and `reheat compare`, and where metrics go
         "gym": ["reasoning-gym"],
         "report": ["jinja2", "matplotlib", "pillow"],
         "tensorboard": ["tensorboard"],

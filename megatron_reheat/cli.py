@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, help="folder of the report; by default the first run's report/")
     report.set_defaults(run=_report)
+    _add_compare(commands)
     _add_convert(commands)
     _add_serve(commands)
     _add_slurm(commands)
@@ -335,6 +336,40 @@ def _report(parsed: argparse.Namespace) -> int:
 
     paths = write_report(parsed.runs, parsed.out)
     print(f"report: {paths.html}\npicture: {paths.png}")
+    return 0
+
+
+def _add_compare(commands: Any) -> None:
+    command = commands.add_parser("compare", help="how two policies differ: KL, entropies, ranks, layers and weights")
+    for name in ("a", "b"):
+        command.add_argument(
+            name, metavar=name.upper(), help="Hugging Face folder, a run's folder or a checkpoint (any layout)"
+        )
+    command.add_argument("--reference", metavar="C", help="also the cosine of the weights' ways from A to B and to C")
+    _add_checkpoint(command)
+    command.add_argument(
+        "--data", type=Path, metavar="FILE", help="records with prompt and response; default: B's, else A's rollouts"
+    )
+    command.add_argument("--limit", type=int, default=256, metavar="N", help="sequences; default: 256")
+    command.add_argument(
+        "--cka-tokens", type=int, default=2048, metavar="N", help="whose layers' states are kept; 0: no CKA"
+    )
+    command.add_argument("--out", type=Path, help="folder of figures, picture and page; default: runs/compare/A-vs-B")
+    command.set_defaults(run=_compare)
+
+
+def _compare(parsed: argparse.Namespace) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("reheat compare is one process; start it without torchrun")
+    let_announce(True)
+    announce("importing torch and transformers")
+    with large_imports():
+        from megatron_reheat.commands.compare import CompareOptions, compare
+
+    given: dict[str, Any] = {**vars(parsed), "which": parsed.checkpoint}
+    del given["run"], given["checkpoint"]
+    paths = compare(CompareOptions(**given))
+    print(f"page: {paths.html}\npicture: {paths.png}\nfigures: {paths.json}")
     return 0
 
 

@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol, TypeVar
 
 import matplotlib
 import numpy as np
@@ -17,7 +18,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from megatron_reheat.analysis.evaluations import suites_of
-from megatron_reheat.analysis.look import DARK, DPI, LIGHT, Key, Scene, shorten, style
+from megatron_reheat.analysis.look import DARK, DPI, LIGHT, Key, Scene, Theme, shorten, style
 from megatron_reheat.analysis.panels import PANELS, draw_evaluation
 from megatron_reheat.analysis.tracks import Track
 
@@ -30,6 +31,16 @@ PANEL_INCHES, WIDE_INCHES = (4.5, 3.2), (9.3, 3.2)
 PANEL_DPI = 200
 WIDE = "entropy"
 COLOURS = 192
+
+
+class Themed(Protocol):
+    """What a panel is drawn from."""
+
+    @property
+    def theme(self) -> Theme: ...
+
+
+ThemedT = TypeVar("ThemedT", bound=Themed)
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ def draw_report(tracks: Sequence[Track]) -> bytes:
         longest = max(len(str(handle.get_label())) for handle in handles)
         columns = 6 if longest <= 18 else 4 if longest <= 28 else 3
         figure.legend(handles=handles, loc="outside upper left", ncols=columns, fontsize=10.5)
-        return _png(figure)
+        return png(figure)
 
 
 def draw_panels(tracks: Sequence[Track]) -> list[Panel]:
@@ -72,26 +83,27 @@ def draw_panels(tracks: Sequence[Track]) -> list[Panel]:
     drawings |= {f"evaluation of {suite}": partial(draw_evaluation, suite=suite) for suite in suites_of(tracks)[1:]}
     panels = []
     for name, draw in drawings.items():
-        title, picture = _draw_alone(draw, scenes, PANEL_INCHES)
-        wide = _draw_alone(draw, scenes, WIDE_INCHES)[1] if name == WIDE else None
+        title, picture = draw_alone(draw, scenes, PANEL_INCHES)
+        wide = draw_alone(draw, scenes, WIDE_INCHES)[1] if name == WIDE else None
         panels.append(Panel(title, picture, wide))
     return panels
 
 
-def _draw_alone(
-    draw: Callable[[Axes, Scene], None], scenes: Sequence[Scene], size: tuple[float, float]
+def draw_alone(
+    draw: Callable[[Axes, ThemedT], None], scenes: Sequence[ThemedT], size: tuple[float, float]
 ) -> tuple[str, Picture]:
+    """Title and picture of one panel; the scenes are the same thing in light and in dark, `size` is in inches."""
     pictures = []
     for scene in scenes:
         with matplotlib.rc_context(style(scene.theme)):
             figure = Figure(figsize=size, dpi=PANEL_DPI, layout="constrained")
             ax = figure.subplots()
             draw(ax, scene)
-            pictures.append(_png(figure))
+            pictures.append(png(figure))
     return ax.get_title(loc="left"), Picture(*pictures)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     """With a palette, at a third of the size: a panel has few colours, and a page has many panels."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

@@ -5,7 +5,6 @@ What the page says is prepared here, how it looks stands in `report.html.j2`.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ import yaml
 
 from megatron_reheat.analysis import samples
 from megatron_reheat.analysis.evaluations import Estimate, Evaluation, evaluations
-from megatron_reheat.analysis.look import DARK, LIGHT, LineStyle, Scene
+from megatron_reheat.analysis.look import DARK, LIGHT, Scene
+from megatron_reheat.analysis.page import need_drawing, page_template
 from megatron_reheat.analysis.tracks import Track, load_tracks
 from megatron_reheat.console import duration
 from megatron_reheat.errors import ReheatError
@@ -49,11 +49,7 @@ def write_report(run_folders: Sequence[Path], out: Path | None = None) -> Report
         ReheatError: a folder has no metrics, or `out` cannot be written; the message names it.
     """
     tracks = load_tracks(run_folders)
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ReheatError(f"a report needs {error.name}; pip install 'megatron-reheat[report]'") from None
+    need_drawing("a report")
     from megatron_reheat.analysis.plots import draw_report
 
     png, page = draw_report(tracks), _page(tracks)
@@ -71,24 +67,15 @@ def write_report(run_folders: Sequence[Path], out: Path | None = None) -> Report
 
 
 def _page(tracks: Sequence[Track]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     from megatron_reheat.analysis.plots import draw_panels
 
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {
-        "decimals": _decimals,
+    filters = {
         "interval": _interval,
-        "dashes": _dashes,
         "duration": lambda seconds: "-" if seconds is None else duration(seconds),
-        "data_url": lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}",
         "yaml": lambda tree: yaml.safe_dump(tree, sort_keys=False),
     }
     rows = [row for track in tracks for row in evaluations(track)]
-    return environment.get_template(TEMPLATE.name).render(
+    return page_template(TEMPLATE, filters).render(
         title=", ".join(track.name for track in tracks if not track.is_trunk) or tracks[0].name,
         last_step=max(r["step"] for track in tracks for r in track.records),
         themes={"light": LIGHT, "dark": DARK},
@@ -102,11 +89,6 @@ def _page(tracks: Sequence[Track]) -> str:
         events=[(track.name, step, text) for track in tracks for step, text in track.events()],
         tracks=tracks,
     )
-
-
-def _dashes(style: LineStyle, width: float = 3.0) -> str:
-    """matplotlib's dashes, in line widths, as SVG's."""
-    return "none" if isinstance(style, str) else " ".join(f"{width * length:g}" for length in style[1])
 
 
 def _common_k(rows: Sequence[Evaluation]) -> int | None:
@@ -133,10 +115,6 @@ def _run_row(track: Track) -> RunRow:
         last_accuracy=last("reward/accuracy"),
         last_tokens_per_s=last("throughput/tokens_per_s"),
     )
-
-
-def _decimals(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def _interval(estimate: Estimate) -> str:

@@ -178,12 +178,11 @@ def as_hf_folder(model: str, which: Which, hf_source: str | None) -> Iterator[tu
     Raises:
         ReheatError: there is no such checkpoint, or it cannot be written out.
     """
-    path = Path(model)
-    is_hf_folder = checkpoint_step(path) is None or (path / "config.json").exists()
-    if not RunFolder(path).checkpoints.is_dir() and is_hf_folder:
+    found = find_in_run(model, which)
+    if found is None:
         yield model, model
         return
-    _, checkpoint = _find_checkpoint(path, which)
+    _, checkpoint = found
     try:
         scratch = tempfile.TemporaryDirectory(prefix=".hf-", dir=checkpoint.resolve().parent)
     except OSError as error:
@@ -194,6 +193,19 @@ def as_hf_folder(model: str, which: Which, hf_source: str | None) -> Iterator[tu
         out = Path(folder) / checkpoint.name
         to_hf(checkpoint, out, hf_source=hf_source, verify=False)
         yield str(checkpoint), str(out)
+
+
+def find_in_run(model: str, which: Which) -> tuple[Path, Path] | None:
+    """(run folder, checkpoint) of a model to look at; None of a Hugging Face folder or a hub name.
+
+    Raises:
+        ReheatError: there is no such checkpoint.
+    """
+    path = Path(model)
+    is_hf_folder = checkpoint_step(path) is None or (path / "config.json").exists()
+    if not RunFolder(path).checkpoints.is_dir() and is_hf_folder:
+        return None
+    return _find_checkpoint(path, which)
 
 
 def _find_checkpoint(source: Path, which: Which) -> tuple[Path, Path]:

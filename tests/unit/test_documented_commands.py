@@ -152,7 +152,7 @@ def test_what_an_example_script_runs_works(
 
 def test_there_are_commands_to_test() -> None:
     kinds = {words[1] for _, words in documented() if words[0] == "reheat"}
-    assert kinds >= {"train", "check", "slurm", "serve", "eval", "convert", "report", "doctor"}
+    assert kinds >= {"train", "check", "slurm", "serve", "eval", "compare", "convert", "report", "doctor"}
     assert any(words[0] == "torchrun" for _, words in documented())
 
 

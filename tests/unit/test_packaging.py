@@ -44,7 +44,8 @@ def test_a_wheel_holds_the_recipes_and_runs_them_by_name(tmp_path: Path) -> None
         archive.extractall(tmp_path / "installed")
     shipped = {f"megatron_reheat/recipes/{path.relative_to(ROOT / 'yaml')}" for path in (ROOT / "yaml").rglob("*.yaml")}
     assert shipped <= names and "megatron_reheat/py.typed" in names
-    assert {"megatron_reheat/cluster/job.sbatch.template", "megatron_reheat/analysis/report.html.j2"} <= names
+    templates = ("analysis/parts.html.j2", "analysis/report.html.j2", "microscope/compare.html.j2")
+    assert {f"megatron_reheat/{name}" for name in ("cluster/job.sbatch.template", *templates)} <= names
     assert not any(name.startswith(("tests/", "examples/", "scripts/")) for name in names)
     code = (
         "import megatron_reheat.recipe as c; assert 'installed' in c.__file__;"
