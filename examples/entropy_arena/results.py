@@ -103,8 +103,11 @@ def read_all(folder: Path) -> list[Result]:
     return [Result.read(path) for path in sorted(folder.glob("seed-*/*.json"))]
 
 
+FEWEST_SEEDS = 3  # of two, the interval is 13 standard errors wide
+
+
 class Mean(NamedTuple):
-    """Over seeds, with the half width of Student's 95% interval; infinite for one seed."""
+    """Over seeds, with the half width of Student's 95% interval; infinite, and not shown, for fewer than three."""
 
     value: float
     half: float
@@ -112,7 +115,7 @@ class Mean(NamedTuple):
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
         value, n = statistics.fmean(values), len(values)
-        if n < 2:
+        if n < FEWEST_SEEDS:
             return cls(value, math.inf)
         return cls(value, T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1] * statistics.stdev(values) / math.sqrt(n))
 

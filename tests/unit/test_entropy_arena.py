@@ -45,6 +45,7 @@ def test_an_interval_is_students_over_seeds() -> None:
     # mean 0.52, standard deviation 0.02, t(2) = 4.303
     assert Mean.of([0.50, 0.52, 0.54]) == pytest.approx((0.52, 4.303 * 0.02 / math.sqrt(3)))
     assert Mean.of([0.5]) == (0.5, math.inf) and Mean.of([0.5]).show(2) == "0.50"
+    assert Mean.of([0.5, 0.6]).show(2) == "0.55"  # of two, an interval says nothing
     assert Mean.of([1.0] * 12) == (1.0, 0.0)
 
 
