@@ -25,6 +25,7 @@ from megatron_reheat.cli import main
 from megatron_reheat.config import DataConfig
 from megatron_reheat.data.sources import read_records
 from megatron_reheat.recipe import load_config
+from tests.default_signals import hear_signals
 from tests.e2e.policies import imitate
 from tests.forks import run_ranks
 
@@ -204,7 +205,7 @@ def start_python(*arguments: str, **environment: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
         # as in a terminal, even where pytest itself was started to ignore it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=hear_signals,
     )
 
 

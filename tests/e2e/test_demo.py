@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.default_signals import hear_signals
 from tests.e2e import runs
 
 GONE_WITHIN_S = 30.0
@@ -62,7 +63,7 @@ def start(project: Path, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=hear_signals,
     )
 
 
@@ -136,7 +137,7 @@ def test_an_example_script_passes_signals_on_to_its_run(tmp_path: Path, number: 
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=hear_signals,
     )
     assert process.stdout.readline() == "check\n"
     assert process.stdout.readline() == "train\n"

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_reheat import stop_request
 from megatron_reheat.cluster.launch import is_launchers_own
+from tests.default_signals import hear_signals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,7 +79,7 @@ def interrupted(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=hear_signals,
     )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
@@ -197,7 +198,7 @@ def test_nobody_who_listens_is_no_reason_to_go_on(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=hear_signals,
     )
     assert process.stdout.readline() == "ready\n"
     process.stderr.close()
