@@ -208,7 +208,7 @@ class ScriptedRun(Run):
         )
         self.engine = self.policy = self.collector = self.sft_cursor = self.reheat = self.logger = parts
         self.topology = self.method = parts
-        self.reference, self._method_name = None, "grpo"
+        self.reference, self._method_name, self._carried = None, "grpo", None
         self.controller = Controller(self.config.controller)
         self.stages = {"rlvr": SimpleNamespace(step=self._scripted)}
         self.loaded: list[str] = []
@@ -404,12 +404,12 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_checkpoint(
     )
     with monkeypatch.context() as full, pytest.raises(ReheatError) as failure:
         full.setattr(place, refusal)
-        _write(topology, folder, 3, {}, {"step": 3}, keep=1)
+        _write(topology, folder, 3, {}, {"step": 3}, {}, keep=1)
     message = str(failure.value)
     assert message.startswith(f"cannot write {folder}") and reason in message and "\n" not in message
     assert message.endswith("what was saved before is whole, and the same command goes on from it")
     assert names(folder) == {"latest", "best", "step-1", "step-2"} and latest_checkpoint(folder) == folder / "step-2"
-    _write(topology, folder, 3, {}, {"step": 3}, keep=1)  # there is room again
+    _write(topology, folder, 3, {}, {"step": 3}, {}, keep=1)  # there is room again
     assert names(folder) == {"latest", "best", "step-1", "step-3"} and latest_checkpoint(folder) == folder / "step-3"
 
 
@@ -422,7 +422,7 @@ def test_what_torch_says_of_a_small_file_on_a_full_disk_is_one_sentence(
     monkeypatch.setattr("megatron_reheat.model.checkpoint.dist_checkpointing.save", fail)
     topology: Any = SimpleNamespace(is_main=True, barrier=lambda: None)
     with pytest.raises(ReheatError, match=r"a file could not be written in full, the disk may be full"):
-        _write(topology, tmp_path, 3, {}, {}, keep=1)
+        _write(topology, tmp_path, 3, {}, {}, {}, keep=1)
 
 
 def test_another_fault_of_a_save_is_not_called_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,4 +432,4 @@ def test_another_fault_of_a_save_is_not_called_a_full_disk(tmp_path: Path, monke
     monkeypatch.setattr("megatron_reheat.model.checkpoint.dist_checkpointing.save", fail)
     topology: Any = SimpleNamespace(is_main=True, barrier=lambda: None)
     with pytest.raises(RuntimeError, match=r"^Connection closed by peer$"):
-        _write(topology, tmp_path, 3, {}, {}, keep=1)
+        _write(topology, tmp_path, 3, {}, {}, {}, keep=1)

@@ -47,7 +47,7 @@ class Trainer:
         sums = MetricSums()
         sums.add_mean("entropy/mean", entropy, 1)
         sums.add_mean("rollout/mismatch_kl", 0.0 if finite else math.nan, 1)
-        applied = finite and accept(sums.reduced())
+        applied = finite and accept(sums.reduced(), None)
         self.weights += applied
         return UpdateResult(sums, applied, finite)
 

@@ -142,8 +142,10 @@ def test_vocabularies_beside_the_policys_take_time_and_memory(tmp_path: Path, pl
 
 def test_where_frozen_models_take_over_the_policy_samples_less(tmp_path: Path, plain: Estimate) -> None:
     dear = estimate(recipe(tmp_path, "sampled=-0.375"))
-    smaller = dataclasses.replace(plain.rl_batch, group_size=5)
-    assert dear.rl_step() == {**plain.rl_step(), "rollout": pytest.approx(2 * plain.rollout_seconds(smaller))}
+    prompts = plain.rl_batch.prompts  # twice as many at once, and a margin (`rl.oversample`)
+    asked = math.ceil(2 * (prompts + math.sqrt(prompts / 2)))
+    smaller = dataclasses.replace(plain.rl_batch, prompts=asked, group_size=5)
+    assert dear.rl_step() == {**plain.rl_step(), "rollout": pytest.approx(plain.rollout_seconds(smaller))}
 
 
 def said(config: Config) -> str:
