@@ -63,8 +63,9 @@ sys.exit(not tuple(map(int, o)) <= sys.version_info[:2] < tuple(map(int, b)))" |
     pip_do install "megatron-core==$MEGATRON_CORE"
     pip_do install --editable ".[dev]"
     mkdir -p "$SOURCES"
-    # the sources of what is compiled, with the wheels that they ask for; their own set-up wants the torch just installed
-    pip_do download --no-build-isolation --dest "$SOURCES" "transformer-engine[pytorch,core_cu$(cuda_major)]$TRANSFORMER_ENGINE_RANGE"
+    # the sources of what is compiled, with the wheels that they ask for, torch among them; their own set-up wants the torch just
+    # installed
+    pip_do download --no-build-isolation --dest "$SOURCES" "torch==$TORCH" "transformer-engine[pytorch,core_cu$(cuda_major)]$TRANSFORMER_ENGINE_RANGE"
     if [[ -z ${SKIP_APEX:-} && ! -d $SOURCES/apex ]]; then
         git clone --depth 1 "$APEX_SOURCE" "$SOURCES/apex" ||
             fail "cannot clone $APEX_SOURCE; set APEX_SOURCE to a clone, or SKIP_APEX=1"

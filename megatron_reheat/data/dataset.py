@@ -121,8 +121,9 @@ class PromptDataset:
         """What a run's log tells of its data, a line each."""
         return []
 
-    def without(self, other: PromptDataset) -> PromptDataset:
-        """These prompts less those whose text is in `other`, renumbered: evaluation data without the training data.
+    def without(self, other: PromptDataset, section: str = "eval.data") -> PromptDataset:
+        """These prompts less those whose text is in `other`, renumbered: evaluation data, which the recipe's `section` names,
+        without the training data.
 
         Raises:
             ConfigError: nothing would be left.
@@ -130,8 +131,8 @@ class PromptDataset:
         kept = np.flatnonzero(~np.isin(self.digests, other.digests))
         if not len(kept):
             raise ConfigError(
-                f"all {len(self)} evaluation prompts are in the training data too; change eval.data.seed, "
-                "eval.data.split or eval.data.path"
+                f"all {len(self)} evaluation prompts are in the training data too; change {section}.seed, "
+                f"{section}.split or {section}.path"
             )
         overlapping = self.counts.overlapping + len(self) - len(kept)
         return self._select(kept, replace(self.counts, overlapping=overlapping))

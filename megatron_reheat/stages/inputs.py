@@ -135,7 +135,10 @@ def read_inputs(config: Config, today: date | None = None) -> Inputs:
     prompts = mixed(
         config.data, lambda part, section: load(part, section=section, solved_limit=solved_limit, hint=hint)
     )
-    held_out = {name: load(data, section=eval_place(name)).without(prompts) for name, data in config.eval.sets.items()}
+    held_out: dict[str, PromptDataset] = {}
+    for name, data in config.eval.sets.items():
+        place = eval_place(name)
+        held_out[name] = load(data, section=place).without(prompts, place)
     stops = model.stop_token_ids
     end = end_token_id(tokenizer, stops, chat=config.data.template == "chat")
     encode = partial(response_tokens, tokenizer, end=end)

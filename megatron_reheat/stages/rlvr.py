@@ -151,7 +151,8 @@ class RLVRStage:
     def _measure(
         self, collected: Collected, batch: TrainBatch, probes: TrainBatch, probed: Scores, scores: Scores
     ) -> _Measured:
-        """
+        """Of the batch, and of the `probes` that were scored besides.
+
         Raises:
             ReheatError: engine and trainer disagree by more than `rollout.mismatch_limit`.
         """
