@@ -7,6 +7,7 @@ thresholds under which every stage comes within six steps. Whatever else the rec
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ STAGES = ["rlvr", "rlvr", "reheat", "reheat", "rlvr"]
 SWITCHES: dict[str, dict[str, Any]] = {
     "model": {"dtype": "bfloat16"},
     "parallel": {"distributed_optimizer": True},
-    "reward": {"incorrect": -1.0},
-    "rl": {"dynamic_sampling": True, "normalize_by_std": True},
+    "reward": {"incorrect": -1.0, "sandbox": True},
+    "rl": {"dynamic_sampling": True, "oversample": True, "normalize_by_std": True},
     "logging": {"console": True, "tensorboard": True},
     "data": {"template": "chat", "on_long_prompt": "skip"},
 }
@@ -137,7 +138,20 @@ def check_what_every_recipe_does(config: Config, steps: list[dict[str, Any]], **
         assert s["reward/mean"] == pytest.approx(2 * s["reward/accuracy"] - 1)
         assert s["entropy/trained"] != s["entropy/mean"]
     assert any(s["sampling/kept_fraction"] < 1 for s in rl)
+    check_that_steps_draw_what_they_need(config.rl.prompts_per_step, rl)
     assert all(s["response/length_max"] <= MAX_TOKENS for s in rl)
+
+
+def check_that_steps_draw_what_they_need(size: int, rl: list[dict[str, Any]]) -> None:
+    """After the first step, the first generation batch is as large as the fraction of kept groups so far asks for."""
+    kept = rl[0]["sampling/kept_fraction"]
+    assert rl[0]["sampling/prompts"] == size * rl[0]["sampling/generation_batches"]
+    for s in rl[1:]:
+        first = min(math.ceil((size + math.sqrt(size * (1 - kept))) / kept), 4 * size)
+        assert (
+            s["sampling/prompts"] == first if s["sampling/generation_batches"] == 1 else s["sampling/prompts"] > first
+        )
+        kept = 0.7 * kept + 0.3 * s["sampling/kept_fraction"]
 
 
 def stages_of(steps: list[dict[str, Any]]) -> list[str]:
