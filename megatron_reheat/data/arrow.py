@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-from megatron_reheat.config import DataConfig
+from megatron_reheat.config_data import DataConfig
 from megatron_reheat.data.records import ArrowRows
 from megatron_reheat.errors import ConfigError
 

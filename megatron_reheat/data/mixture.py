@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_reheat.config import DataConfig, TrainDataConfig, data_place
+from megatron_reheat.config_data import DataConfig, TrainDataConfig, data_place
 from megatron_reheat.data.dataset import PromptDataset, RenderedPrompts
 from megatron_reheat.types import Prompt
 

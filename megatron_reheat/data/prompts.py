@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from megatron_reheat.config import DataConfig
+from megatron_reheat.config_data import DataConfig
 from megatron_reheat.data.dataset import PromptDataset, RenderedPrompts
 from megatron_reheat.data.records import Listed, Record, Records
 from megatron_reheat.data.rendering import Renderer, RewardKind

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import date
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_reheat.config import DataConfig
+from megatron_reheat.config_data import DataConfig
 from megatron_reheat.data.chat import ChatTemplate, Message, messages_of
 from megatron_reheat.data.fields import fill, required
 from megatron_reheat.data.records import Record

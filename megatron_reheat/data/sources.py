@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_reheat.config import DataConfig
+from megatron_reheat.config_data import DataConfig
 from megatron_reheat.config_fields import shown
 from megatron_reheat.data.arrow import read_dataset
 from megatron_reheat.data.files import read_file

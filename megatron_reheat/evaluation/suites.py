@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_reheat import recipe_text
-from megatron_reheat.config import DataConfig
+from megatron_reheat.config_data import DataConfig
 from megatron_reheat.config_fields import MAX_SEED
 from megatron_reheat.data.prompts import PromptDataset, RewardKind, make_prompts
 from megatron_reheat.data.records import Listed, Record, Records

@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import Field
 
-from megatron_reheat.config import Config, data_place
+from megatron_reheat.config import Config
+from megatron_reheat.config_data import data_place
 from megatron_reheat.config_fields import Section
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.methods.grpo import GRPO, Tools

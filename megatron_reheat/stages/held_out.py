@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_reheat.analysis.passk import bootstrap_interval, pass_at_k_by_prompt
 from megatron_reheat.clock import Clock
-from megatron_reheat.config import EvalConfig
+from megatron_reheat.config_data import EvalConfig
 from megatron_reheat.data.prompts import PromptDataset
 from megatron_reheat.stages.outcome import derive_seed
 from megatron_reheat.stages.policy import Policy

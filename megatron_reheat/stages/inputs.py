@@ -13,7 +13,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_reheat.checkpoint_folder import latest_checkpoint
-from megatron_reheat.config import Config, ModelConfig, eval_place
+from megatron_reheat.config import Config, ModelConfig
+from megatron_reheat.config_data import eval_place
 from megatron_reheat.data.mixture import RunPrompts, mixed
 from megatron_reheat.data.prompts import PromptCursor, PromptDataset, check_vocabulary, load_prompts
 from megatron_reheat.data.responses import response_text, response_tokens

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from examples.countdown_cpu.make_model import make_model, make_tokenizer
 from megatron_reheat.cli import main
-from megatron_reheat.config import DataConfig
+from megatron_reheat.config_data import DataConfig
 from megatron_reheat.data.sources import read_records
 from megatron_reheat.recipe import load_config
 from tests.default_signals import hear_signals

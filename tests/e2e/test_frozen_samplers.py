@@ -11,7 +11,7 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM
 
-from megatron_reheat.config import DataConfig
+from megatron_reheat.config_data import DataConfig
 from megatron_reheat.data.sources import read_records
 from tests.e2e import runs
 

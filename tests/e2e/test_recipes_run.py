@@ -17,7 +17,8 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_reheat.config import Config, DataConfig
+from megatron_reheat.config import Config
+from megatron_reheat.config_data import DataConfig
 from megatron_reheat.model.checkpoint import read_state
 from megatron_reheat.recipe import load_config
 from tests.character_tokenizer import character_tokenizer

@@ -10,7 +10,7 @@ import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from megatron_reheat.config import DataConfig
+from megatron_reheat.config_data import DataConfig
 from megatron_reheat.data.prompts import PromptCursor, PromptDataset, check_vocabulary, load_prompts
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.types import Prompt

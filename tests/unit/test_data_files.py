@@ -19,7 +19,7 @@ import pytest
 from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
-from megatron_reheat.config import DataConfig
+from megatron_reheat.config_data import DataConfig
 from megatron_reheat.data import records as records_module
 from megatron_reheat.data.prompts import PromptCursor, PromptDataset, load_prompts
 from megatron_reheat.data.sources import read_records

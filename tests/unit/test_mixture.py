@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_reheat.config import Config, EvalConfig, TrainDataConfig
+from megatron_reheat.config import Config
+from megatron_reheat.config_data import EvalConfig, TrainDataConfig
 from megatron_reheat.data.mixture import MixedPrompts, mixed
 from megatron_reheat.data.prompts import PromptCursor, PromptDataset, load_prompts
 from megatron_reheat.errors import ConfigError

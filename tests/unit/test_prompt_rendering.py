@@ -14,7 +14,7 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from megatron_reheat.config import DataConfig
+from megatron_reheat.config_data import DataConfig
 from megatron_reheat.data.prompts import PromptDataset, load_prompts, make_prompts
 from megatron_reheat.errors import ConfigError
 from tests.character_tokenizer import CHAT_TEMPLATE, character_tokenizer

@@ -17,7 +17,8 @@ from reasoning_gym.games.rush_hour import Board
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_reheat.config import DataConfig, RewardConfig
+from megatron_reheat.config import RewardConfig
+from megatron_reheat.config_data import DataConfig
 from megatron_reheat.data.prompts import PromptDataset, RewardKind, load_prompts
 from megatron_reheat.data.references import gym_entry, reference_text
 from megatron_reheat.data.responses import response_text

@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megatron_reheat.config import DataConfig
+from megatron_reheat.config_data import DataConfig
 from megatron_reheat.data.prompts import load_prompts
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.evaluation.results import EvalOptions, SuiteResult, estimates, print_table, results_table
