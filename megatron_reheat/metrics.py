@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
-Reduction = Literal["mean", "sum", "max", "min"]
+Reduction = Literal["mean", "sum", "max"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,6 @@ class MetricSums:
 
     def add_max(self, name: str, value: float) -> None:
         self._add(name, _Entry("max", float(value)))
-
-    def add_min(self, name: str, value: float) -> None:
-        self._add(name, _Entry("min", float(value)))
 
     def merge(self, other: MetricSums) -> None:
         """Takes over what another micro-batch or rank has accumulated; `other` is unchanged.
@@ -116,8 +113,4 @@ def _max(a: float, b: float) -> float:
     return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)  # max(1, nan) and max(nan, 1) differ
 
 
-def _min(a: float, b: float) -> float:
-    return math.nan if math.isnan(a) or math.isnan(b) else min(a, b)
-
-
-_COMBINE: dict[str, Callable[[float, float], float]] = {"sum": lambda a, b: a + b, "max": _max, "min": _min}
+_COMBINE: dict[str, Callable[[float, float], float]] = {"sum": lambda a, b: a + b, "max": _max}

@@ -9,8 +9,7 @@ micro-batching.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +24,21 @@ from megatron_reheat.config import Config
 from megatron_reheat.metrics import MetricSums
 from megatron_reheat.model.architecture import Architecture
 from megatron_reheat.model.backend import choose_backend
-from megatron_reheat.model.head import head_input, head_weight
+from megatron_reheat.model.evaluations import ChunkedLoss, Evaluated, OutputHead, Scored, Scoring, ViewStates, WholeLoss
 from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import HFExporter, load_hf_weights
 from megatron_reheat.model.master_weights import MasterWeights, Snapshot
 from megatron_reheat.model.packed_sequences import PackedSequences
 from megatron_reheat.model.provider import build_model, check_layout, read_hf_config
-from megatron_reheat.parallel.attention import Attention, AttentionTerm
-from megatron_reheat.parallel.head_loss import head_loss
+from megatron_reheat.parallel.attention import AttentionTerm
 from megatron_reheat.parallel.packing import Aggregation, Loss, MicroBatch, PerToken, make_microbatches
 from megatron_reheat.parallel.topology import Topology
-from megatron_reheat.parallel.vocab import VocabHead, VocabLogits, Vocabulary
 from megatron_reheat.types import FloatArray, Scores, TrainBatch
 
 # the reduced metrics, and the scores where the update makes them -> whether the weights may change
 Accept = Callable[[dict[str, float], Scores | None], bool]
-# per sequence of a micro-batch, by its place in the batch: an answer for each of its response tokens, for each question
-Scored = dict[int, tuple[FloatArray, ...]]
 # position of the micro-batch, the micro-batch and the model's output -> loss and metric sums
-Evaluate = Callable[[int, MicroBatch, Tensor], tuple[Tensor, MetricSums]]
+Evaluate = Callable[[int, MicroBatch, Tensor], Evaluated]
 NO_COLUMNS: Mapping[str, PerToken] = {}
 
 
@@ -83,6 +78,9 @@ class Engine:
             bucket_bytes=config.rollout.sync_bucket_mb << 20,
             to_all=config.rollout.mode == "colocated",
         )
+        self.head = OutputHead(
+            model, config, self.hf.vocab_size, topology.tensor_group if topology.tensor_size > 1 else None
+        )
         self._model, self.optimizer = self._wrap(model)
         self.masters = MasterWeights(model, self._model, self.optimizer, topology)
         self._forward_backward = get_forward_backward_func()
@@ -93,19 +91,16 @@ class Engine:
         """Log-probabilities (at `temperature`) and entropies (at 1) of every response token, and `columns`, on every rank."""
         if not len(batch):
             return Scores([], [], {name: [] for name in columns})
-        scored: list[Scored] = []
+        scoring = Scoring(self.head, temperature, columns)
+        self.forward(self.microbatches(batch), scoring)
+        logprobs, entropies, *further = self._in_order(scoring.scored, len(batch))
+        return Scores(logprobs, entropies, dict(zip(columns, further, strict=True)))
 
-        def keep(vocab: Vocabulary, micro: MicroBatch) -> tuple[Tensor, MetricSums]:
-            result = vocab.logprobs(micro.targets, temperature=temperature)
-            answers = (result.logprobs, result.entropy, *(ask(vocab) for ask in columns.values()))
-            scored.append(micro.by_sequence(*(answer[micro.loss_mask.bool()] for answer in answers)))
-            return result.logprobs.sum(), MetricSums()
-
+    def forward(self, micros: Sequence[MicroBatch], evaluate: Evaluate) -> None:
+        """Shows `evaluate` the model's output for each micro-batch, without dropout and gradient, on the last stage."""
         self._model.eval()
         with torch.no_grad():
-            self._run(self._microbatches(batch), partial(self._whole_loss, keep), forward_only=True)
-        logprobs, entropies, *further = self._in_order(scored, len(batch))
-        return Scores(logprobs, entropies, dict(zip(columns, further, strict=True)))
+            self._run(micros, evaluate, forward_only=True)
 
     def update(
         self,
@@ -143,15 +138,15 @@ class Engine:
         views = views or {}
         assert self.config.model.fused_head or not (views or taps or attention)
         assert max(taps, default=0) < self.hf.num_hidden_layers  # the last layer's prediction is the policy's
-        micros = self._microbatches(batch, aggregation, beside=tuple(views.values()))
+        micros = self.microbatches(batch, aggregation, beside=tuple(views.values()))
         states = {name: self._view_states(name, views, batch, micros) for name in views}
         self._model.train()
         self._model.zero_grad_buffer()
         self.optimizer.zero_grad()
         assert not (whole_sequences and (views or taps or attention or score))
         scored: list[Scored] | None = [] if score else None
-        in_chunks = partial(self._chunked_loss, loss, states, attention, scored)
-        evaluate = partial(self._whole_loss, loss) if whole_sequences else in_chunks
+        in_chunks = ChunkedLoss(self.head, loss, states, attention, scored)
+        evaluate = WholeLoss(self.head, loss) if whole_sequences else in_chunks
         self.module.taps = tuple(taps)
         self.module.attention_taps = () if attention is None else attention.layers
         try:
@@ -248,28 +243,13 @@ class Engine:
     def _view_states(
         self, name: str, views: Mapping[str, TrainBatch], batch: TrainBatch, micros: Sequence[MicroBatch]
     ) -> list[Tensor]:
-        """Per micro-batch of `batch` the final hidden states of a view at its responses, [R, H], without gradient, zero for
-        sequences that it leaves out; on the last stage, [] elsewhere."""
+        """Per micro-batch of `batch` the final hidden states of a view at its responses, on the last stage, [] elsewhere."""
         beside = [batch, *(view for other, view in views.items() if other != name)]
-        states: list[Tensor] = []
+        kept = ViewStates(self.head, batch, micros)
+        self.forward(self.microbatches(views[name], beside=beside), kept)
+        return kept.states
 
-        def keep(index: int, micro: MicroBatch, output: Tensor) -> tuple[Tensor, MetricSums]:
-            hidden, wanted = self._head_input(output), micros[index].sequence_indices
-            read = hidden[micro.loss_mask.nonzero()[:, 0]]
-            if wanted != micro.sequence_indices:
-                lengths = torch.tensor([batch.sequences[i].num_response_tokens for i in wanted])
-                is_read = torch.tensor([i in micro.sequence_indices for i in wanted]).repeat_interleave(lengths)
-                rows = is_read.nonzero()[:, 0].to(read.device)
-                read = read.new_zeros(len(is_read), read.size(1)).index_copy(0, rows, read)
-            states.append(read)
-            return hidden.new_zeros(()), MetricSums()
-
-        self._model.eval()
-        with torch.no_grad():
-            self._run(self._microbatches(views[name], beside=beside), keep, forward_only=True)
-        return states
-
-    def _microbatches(
+    def microbatches(
         self, batch: TrainBatch, aggregation: Aggregation = "token_mean", beside: Sequence[TrainBatch] = ()
     ) -> list[MicroBatch]:
         parallel = self.config.parallel
@@ -288,21 +268,9 @@ class Engine:
     def _run(self, micros: Sequence[MicroBatch], evaluate: Evaluate, *, forward_only: bool) -> list[MetricSums]:
         """Megatron's pipeline schedule over the micro-batches; metric sums on the last stage, [] elsewhere."""
 
-        def forward_step(
-            iterator: Iterator[tuple[int, MicroBatch]], model: Any
-        ) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        def forward_step(iterator: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[Tensor, Any]:
             index, micro = next(iterator)
-            fp32_output = {"fp32_output": False} if self.module.config.bf16 else {}
-            output = model(
-                micro.tokens[None],
-                micro.position_ids[None],
-                None,
-                packed_seq_params=PackedSequences.of(
-                    micro.cu_seqlens, micro.max_seqlen, micro.position_ids, self.module.frequencies
-                ),
-                **fp32_output,
-            )
-            return output, partial(self._loss, partial(evaluate, index, micro))
+            return self._output(model, micro), lambda output: _for_megatron(*evaluate(index, micro, output))
 
         return self._forward_backward(
             forward_step_func=forward_step,
@@ -314,78 +282,10 @@ class Engine:
             forward_only=forward_only,
         )
 
-    def _loss(
-        self, evaluate: Callable[[Tensor], tuple[Tensor, MetricSums]], output: Tensor
-    ) -> tuple[Tensor, Tensor, MetricSums]:
-        value, metrics = evaluate(output)
-        if not torch.isfinite(value):
-            metrics.add_sum("optimizer/non_finite_microbatches", 1.0)
-        # the count is Megatron's business only when it divides by it, which `_finalize_without_rescaling` prevents
-        return value, torch.ones((), dtype=torch.int, device=value.device), metrics
-
-    def _whole_loss(self, loss: Loss, _: int, micro: MicroBatch, output: Tensor) -> tuple[Tensor, MetricSums]:
-        if not self.config.model.fused_head:
-            return loss(VocabLogits(output[0], self.hf.vocab_size, self._tensor_group, overwrite=True), micro)
-        # positions that no loss counts are left out
-        vocab = VocabHead(self._head_input(output), mask=micro.loss_mask.bool(), **self._head())
-        return loss(vocab, micro)
-
-    def _chunked_loss(
-        self,
-        loss: Loss,
-        states: Mapping[str, Sequence[Tensor]],
-        attention: AttentionTerm | None,
-        scored: list[Scored] | None,
-        index: int,
-        micro: MicroBatch,
-        output: Tensor,
-    ) -> tuple[Tensor, MetricSums]:
-        kept: list[tuple[Tensor, Tensor]] = []
-        micro = micro if scored is None else replace(micro, keep=lambda *answers: kept.append(answers))
-        positions = micro.loss_mask.nonzero()[:, 0]
-        if not self.config.model.fused_head:
-            value, metrics = loss(VocabLogits(output[0], self.hf.vocab_size, self._tensor_group, overwrite=True), micro)
-            if scored is not None:
-                scored.append(micro.by_sequence(*(answer[positions] for answer in kept[0])))
-            return value, metrics
-        counted, metrics = micro.at(positions), MetricSums()
-        # the policy's own, then the taps', then the views'
-        trained = [self._head_input(part)[positions] for part in output.chunk(1 + len(self.module.taps))]
-        hiddens = [*trained, *(of_view[index] for of_view in states.values())]
-        names = [f"layer{layer}" for layer in sorted(self.module.taps)] + list(states)
-
-        def chunk_loss(vocabs: Sequence[VocabLogits], rows: slice) -> Tensor:
-            own, *others = vocabs
-            readings = dict(zip(names, others, strict=True))
-            value, sums = loss(own, replace(counted.at(rows), readings=readings))
-            metrics.merge(sums)
-            return value
-
-        value = head_loss(hiddens, loss=chunk_loss, **self._head())
-        if scored is not None:
-            scored.append(micro.by_sequence(*map(torch.cat, zip(*kept, strict=True))) if kept else {})
-        if attention is None:
-            return value, metrics
-        attended, self.module.attended = self.module.attended, {}
-        layers = {n: Attention(queries, keys, self._tensor_group) for n, (queries, keys) in attended.items()}
-        term, sums = attention.loss(layers, micro)
-        metrics.merge(sums)
-        return value + term, metrics
-
-    def _head_input(self, output: Tensor) -> Tensor:
-        return head_input(output, sequence_parallel=self.config.parallel.sequence_parallel)
-
-    def _head(self) -> dict[str, Any]:
-        return {
-            "weight": head_weight(self.module),
-            "vocab_size": self.hf.vocab_size,
-            "group": self._tensor_group,
-            "chunk_tokens": self.config.model.head_chunk_tokens,
-        }
-
-    @property
-    def _tensor_group(self) -> Any:
-        return self.topology.tensor_group if self.topology.tensor_size > 1 else None
+    def _output(self, model: Any, micro: MicroBatch) -> Tensor:
+        fp32_output = {"fp32_output": False} if self.module.config.bf16 else {}
+        packed = PackedSequences.of(micro.cu_seqlens, micro.max_seqlen, micro.position_ids, self.module.frequencies)
+        return model(micro.tokens[None], micro.position_ids[None], None, packed_seq_params=packed, **fp32_output)
 
     def _in_order(self, scored: Sequence[Scored], count: int) -> list[list[FloatArray]]:
         """Of all micro-batches of all ranks: for each question, the answers of the `count` sequences in the batch's order."""
@@ -402,6 +302,13 @@ class Engine:
     def _has_non_finite_gradients(self) -> bool:
         buffers = (*self._model.buffers, *self._model.expert_parallel_buffers)
         return not all(bool(torch.isfinite(b.grad_data.sum())) for b in buffers)
+
+
+def _for_megatron(value: Tensor, metrics: MetricSums) -> tuple[Tensor, Tensor, MetricSums]:
+    if not torch.isfinite(value):
+        metrics.add_sum("optimizer/non_finite_microbatches", 1.0)
+    # the count is Megatron's business only when it divides by it, which `_finalize_without_rescaling` prevents
+    return value, torch.ones((), dtype=torch.int, device=value.device), metrics
 
 
 def _finalize_without_rescaling(model: Any, num_tokens: Tensor | None = None, **kwargs: Any) -> None:

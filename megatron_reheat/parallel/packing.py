@@ -77,6 +77,11 @@ class MicroBatch:
         columns = [np.split(v.detach().float().cpu().numpy(), np.cumsum(counts)[:-1]) for v in values]
         return dict(zip(self.sequence_indices, zip(*columns, strict=True), strict=True)) if counts else {}
 
+    @property
+    def positions(self) -> Tensor:
+        """[N] where the response tokens are predicted, in order."""
+        return self.loss_mask.nonzero()[:, 0]
+
     def at(self, positions: Tensor | slice) -> MicroBatch:
         """What a loss needs, at some positions only; the packing (`cu_seqlens`) stays that of the whole micro-batch."""
         extra = {name: column[positions] for name, column in self.extra.items()}

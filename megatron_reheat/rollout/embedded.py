@@ -21,7 +21,7 @@ from megatron_reheat.rollout.child_process import ChildProcess
 from megatron_reheat.rollout.engine_options import engine_environment, engine_options
 from megatron_reheat.rollout.gpus import visible_gpus
 from megatron_reheat.rollout.packed import Entry, aligned
-from megatron_reheat.rollout.rollout_engine import EngineHealth, SyncReport
+from megatron_reheat.rollout.rollout_engine import SyncReport
 from megatron_reheat.rollout.weight_buffer import DeviceBuffer, HostBuffer, SendBuffer
 from megatron_reheat.rollout.wire import SampleRequest, WorkerReady, WorkerSettings
 from megatron_reheat.types import Completion, SamplingParams
@@ -30,7 +30,6 @@ WORKER_MODULE = "megatron_reheat.rollout.engine_process"
 WEIGHT_RECEIVER = "megatron_reheat.rollout.weight_receiver.WeightReceiver"
 # the engine loads one portion while the trainer gathers the next
 PORTION_BYTES = 32 << 20
-HEALTH_TIMEOUT_S = 30.0
 
 
 class EmbeddedEngine:
@@ -170,21 +169,6 @@ class EmbeddedEngine:
         if self._asleep:
             self._call("wake", self._frozen)
             self._asleep = False
-
-    def health(self) -> EngineHealth:
-        """Asks the child; a child that is still starting counts as alive. Never raises EngineDied."""
-        seconds = 0.0 if self._ready is None else self.wait_ready()
-        assert self._child is not None
-        alive = self._child.alive
-        if alive and self._ready is not None:
-            try:
-                timeout_s = min(HEALTH_TIMEOUT_S, self._config.timeout_s)
-                self._child.call("version", timeout_s=timeout_s, timeout_key="rollout.timeout_s")
-            except EngineDied:
-                alive = False
-        if not alive:
-            self._policy_version = None
-        return EngineHealth(alive, self._child.pid, self._policy_version, self._restarts, seconds)
 
     def close(self) -> None:
         self._closed = True

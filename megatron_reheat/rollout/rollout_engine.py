@@ -22,17 +22,6 @@ class SyncReport:
     verified: bool
 
 
-@dataclass(frozen=True)
-class EngineHealth:
-    """`alive` is False when the process ended or did not answer; `policy_version` is None without usable weights."""
-
-    alive: bool
-    pid: int
-    policy_version: int | None
-    restarts: int
-    start_seconds: float
-
-
 class RolloutEngine(Protocol):
     """Samples completions from one copy of the policy."""
 

@@ -232,6 +232,7 @@ def _all_logits(engine: Any, batch: Any) -> dict[int, Tensor]:
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     from megatron_reheat.metrics import MetricSums
+    from megatron_reheat.model.evaluations import WholeLoss
 
     found: dict[int, Tensor] = {}
 
@@ -242,8 +243,7 @@ def _all_logits(engine: Any, batch: Any) -> dict[int, Tensor]:
             found[index] = whole[start:end]
         return whole.sum(), MetricSums()
 
-    with torch.no_grad():
-        engine._run(engine._microbatches(batch), partial(engine._whole_loss, keep), forward_only=True)
+    engine.forward(engine.microbatches(batch), WholeLoss(engine.head, keep))
     return found
 
 

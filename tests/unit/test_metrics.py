@@ -18,7 +18,6 @@ def sums_of(*micro_batches: tuple[float, ...]) -> MetricSums:
         sums.add_sum("tokens", len(values))
         if values:
             sums.add_max("ratio/max", max(values))
-            sums.add_min("ratio/min", min(values))
     return sums
 
 
@@ -26,7 +25,6 @@ def test_mean_weighs_items_and_not_micro_batches() -> None:
     assert sums_of((1.0,), (2.0, 3.0, 6.0)).reduced() == {
         "entropy/mean": 3.0,  # the average of the two averages would be 2.333
         "ratio/max": 6.0,
-        "ratio/min": 1.0,
         "tokens": 4.0,
     }
 
@@ -72,10 +70,9 @@ def test_nan_is_never_hidden_by_the_order(order: tuple[float, float]) -> None:
     sums = MetricSums()
     for value in order:
         sums.add_max("a", value)
-        sums.add_min("b", value)
         sums.add_mean("c", value, 1)
     assert all(math.isnan(value) for value in sums.reduced().values())
-    assert len(sums.reduced()) == 3
+    assert len(sums.reduced()) == 2
 
 
 def test_misuse_is_refused() -> None:
