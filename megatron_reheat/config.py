@@ -295,7 +295,10 @@ class ReheatConfig(Section):
     """TS-OPSD (arXiv 2606.00755 section 3): match the policy's own temperature-flattened distribution."""
 
     teacher_temperature: float = Field(
-        default=1.2, gt=0, description="at which the policy's own distribution is flattened into the teacher's"
+        default=1.2,
+        gt=0,
+        description="at which the policy's own distribution is flattened into the teacher's; below 1 it is sharpened, for "
+        "controller.action=cool",
     )
     direction: Literal["forward", "reverse"] = Field(
         default="forward", description="of the KL: forward KL(teacher || policy), reverse KL(policy || teacher)"
@@ -307,22 +310,29 @@ class ReheatConfig(Section):
     max_tokens: int | None = Field(default=None, gt=0, description="of a response; empty: rollout.max_tokens")
 
     @model_validator(mode="after")
-    def _flattens(self) -> ReheatConfig:
-        if self.teacher_temperature <= 1.0:
-            raise ValueError("teacher_temperature must be above 1: at 1 the loss is zero, below 1 it sharpens")
+    def _moves(self) -> ReheatConfig:
+        if self.teacher_temperature == 1.0:
+            raise ValueError(
+                "teacher_temperature 1 has no loss: above 1 the policy is flattened, below 1 it is sharpened"
+            )
         return self
 
 
 class ControllerConfig(Section):
     """When to leave RL, what to do about a collapse, and when to stop doing it."""
 
-    action: Literal["reheat", "flatten", "rollout_temperature", "stop", "none"] = Field(
+    action: Literal["reheat", "flatten", "rollout_temperature", "cool", "stop", "none"] = Field(
         default="reheat",
         description="on a collapse; flatten: divide all logits by what makes the entropy reheat_to, at once; "
-        "rollout_temperature: sample hotter from then on; none: train on",
+        "rollout_temperature: sample hotter from then on; none: train on. Instead on too much entropy; cool: the steps of "
+        "reheating, towards the sharpened distribution",
     )
     collapse_below: float = Field(default=0.08, gt=0, description="nats, smoothed token-mean entropy")
     reheat_to: float = Field(default=0.12, gt=0, description="nats")
+    cool_above: float | None = Field(
+        default=None, gt=0, description="nats, smoothed token-mean entropy above which action cool begins"
+    )
+    cool_to: float | None = Field(default=None, gt=0, description="nats, below which it ends")
     smoothing_steps: int = Field(
         default=3, gt=0, description="steps over which the entropy is averaged before it is compared"
     )
@@ -341,6 +351,27 @@ class ControllerConfig(Section):
                 f"{self.runaway_entropy}; raise the later one or lower the earlier one"
             )
         return self
+
+    @model_validator(mode="after")
+    def _cooling_has_thresholds(self) -> ControllerConfig:
+        above, to = self.cool_above, self.cool_to
+        if self.action != "cool":
+            if unused := [key for key in ("cool_above", "cool_to") if getattr(self, key) is not None]:
+                raise ValueError(
+                    f"{unused[0]} would not be read with action={self.action}; remove it, or set action=cool"
+                )
+        elif above is None or to is None:
+            raise ValueError(
+                f"action=cool needs {'cool_above' if above is None else 'cool_to'}, nats of entropy; set it"
+            )
+        elif to >= above:
+            raise ValueError(f"need cool_to < cool_above, got {to} and {above}; lower cool_to")
+        return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether the action is a stage of training, towards the policy's own tempered distribution."""
+        return self.action in ("reheat", "cool")
 
 
 class OptimizerConfig(Section):
@@ -465,7 +496,7 @@ class Config(Section):
     @property
     def judged_tokens(self) -> int:
         """How much of a response counts in the entropy that the controller sees: as much as every stage samples."""
-        return self.reheat_tokens if self.controller.action == "reheat" else self.rollout.max_tokens
+        return self.reheat_tokens if self.controller.trains else self.rollout.max_tokens
 
     def data_parallel(self, world_size: int | None = None) -> int:
         """Replicas; checks `world_size` (torchrun's WORLD_SIZE) against the layout when it is given."""

@@ -20,7 +20,8 @@ def cross_field_problems(c: Config) -> Iterator[str]:
             "change one of them"
         )
     context = c.rollout.max_model_len
-    if c.controller.action == "reheat" and c.reheat_tokens > c.rollout.max_tokens:
+    yield from _tempering_problems(c)
+    if c.controller.trains and c.reheat_tokens > c.rollout.max_tokens:
         yield (
             f"reheat.max_tokens {c.reheat_tokens} exceeds rollout.max_tokens {c.rollout.max_tokens}: the entropies that "
             "start and end a reheating stage would be of different lengths; lower reheat.max_tokens, or leave it empty"
@@ -86,3 +87,18 @@ def cross_field_problems(c: Config) -> Iterator[str]:
         yield "rollout.servers needs rollout.mode=server"
     if c.parallel.sequence_parallel and c.parallel.tensor == 1:
         yield "parallel.sequence_parallel needs parallel.tensor > 1; set it to false or raise parallel.tensor"
+
+
+def _tempering_problems(c: Config) -> Iterator[str]:
+    """A teacher that sharpens is only ever meant where it was asked for by name."""
+    temperature, cools = c.reheat.teacher_temperature, c.controller.action == "cool"
+    if temperature < 1 and not cools:
+        yield (
+            f"reheat.teacher_temperature {temperature:g} is below 1 and would sharpen the policy further; raise it above 1, or "
+            "set controller.action=cool"
+        )
+    if cools and temperature > 1:
+        yield (
+            f"controller.action=cool needs reheat.teacher_temperature below 1, and it is {temperature:g}; set it, for example "
+            "to 0.8"
+        )

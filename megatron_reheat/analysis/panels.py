@@ -15,25 +15,28 @@ from megatron_reheat.analysis.look import TIME_PARTS, LineStyle, Look, Scene, sh
 from megatron_reheat.analysis.tracks import RealArray, Track, number, trailing_mean, visible_steps
 
 _WORDS = {"reward/accuracy": "accuracy", "reward/mean": "reward"}
+# keys of the controller, the lower threshold first
+THRESHOLDS = ("collapse_below", "reheat_to")
+OF_COOLING = ("cool_to", "cool_above")
 
 
 def draw_entropy(ax: Axes, scene: Scene) -> None:
     thresholds = {
-        (value, words)
+        (value, key)
         for track in scene.tracks
-        for key, words in (("collapse_below", "collapse below"), ("reheat_to", "reheat to"))
+        for key in (OF_COOLING if track.setting("controller", "action") == "cool" else THRESHOLDS)
         if (value := number(track.setting("controller", key))) is not None
     }
     levels = [value for value, _ in thresholds]
     draw_lines(ax, scene, "entropy/mean", "Entropy of training rollouts", "nats", smooth=False, levels=levels)
     if not any(track.has("entropy/mean") for track in scene.tracks):
         return
-    for value, words in sorted(thresholds):
+    for value, key in sorted(thresholds):
         ax.axhline(value, color=scene.theme.text, linestyle=(0, (4, 3)), linewidth=1.1)
         # On the left, where a run begins with high entropy; the lower threshold is labelled below its line.
-        below = words == "collapse below"
+        below = key in (THRESHOLDS[0], OF_COOLING[0])
         ax.annotate(
-            f"{words} {value:g}",
+            f"{key.replace('_', ' ')} {value:g}",
             (0.008, value),
             xycoords=("axes fraction", "data"),
             xytext=(0, -4 if below else 3),

@@ -19,7 +19,7 @@ _NO_LIMIT = ("0", "-1", "UNLIMITED", "INFINITE")
 def notice_for(estimate: Estimate) -> tuple[int, str]:
     """Seconds for the longer of the two kinds of steps and a save, and what they are made of."""
     steps = [sum(estimate.rl_step().values())]
-    if estimate.config.controller.action == "reheat":
+    if estimate.config.controller.trains:
         steps.append(sum(estimate.reheat_step().values()))
     step, save = max(steps), estimate.save_seconds()
     notice = math.ceil((STEP_MARGIN * step + save) / ROUND_S) * ROUND_S

@@ -301,7 +301,7 @@ def _memory_table(e: Estimate) -> Table:
         table.add_row(name, f"{size / GIB:.2f}")
     table.add_section()
     table.add_row(f"total of {e.gpu.memory_gib:g}", f"{sum(parts.values()) / GIB:.2f}")
-    on_host = {"weights for a rollback": e.snapshot_bytes} if e.config.controller.action == "reheat" else {}
+    on_host = {"weights for a rollback": e.snapshot_bytes} if e.config.controller.trains else {}
     on_host |= {"the reference policy": e.reference_bytes} if e.has_reference else {}
     stages = (0, e.config.parallel.pipeline - 1)
     held = {name: max(map(size, stages)) / GIB for name, size in on_host.items()}
@@ -332,7 +332,7 @@ def _duration(e: Estimate) -> str:
     steps, c = e.config.run.steps, e.config.controller
     rl, reheat = sum(e.rl_step().values()), sum(e.reheat_step().values())
     text = f"{steps} RL steps take about {steps * rl / 3600:.1f} h"
-    if c.action == "reheat":
+    if c.trains:
         extra = c.max_reheat_steps * (reheat - rl) / 3600
         text += f"; each round of {c.max_reheat_steps} reheating steps among them changes that by {extra:+.1f} h"
     return text

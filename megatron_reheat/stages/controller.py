@@ -2,7 +2,8 @@
 
     RL --(smoothed entropy < collapse_below)--> REHEAT --(entropy > reheat_to, or max_reheat_steps)--> RL
 
-`controller.action` may put something else in reheating's place.
+`controller.action` may put something else in reheating's place, or have it the other way round: `cool` begins above
+`cool_above` and ends below `cool_to`.
 
 The useful window of reheating is narrow: a few steps too many and entropy runs away (arXiv 2606.00755, section 5). So the
 verdict on a reheating step falls after its rollouts are measured and before its update is applied.
@@ -76,7 +77,7 @@ class Controller:
             return Verdict.CONTINUE
         if state.cooling and state.stage_steps < config.cooldown_steps:
             return Verdict.CONTINUE
-        if not self.smoothed_entropy < config.collapse_below:
+        if not self._is_called_for():
             return Verdict.CONTINUE
         match config.action:
             case "stop":
@@ -94,13 +95,32 @@ class Controller:
         jumped = previous is not None and entropy - previous > config.runaway_jump
         first = state.stage_steps == 0
         self._remember(entropy)
-        if not first and (not entropy <= config.runaway_entropy or jumped):
+        # what is cooled may begin above any limit
+        too_high = not (math.isfinite(entropy) if self._cools else entropy <= config.runaway_entropy)
+        if not first and (too_high or jumped):
             return Verdict.RUNAWAY
-        if not entropy <= config.reheat_to:
+        if self._is_at_target(entropy):
             return Verdict.NOT_COLLAPSED if first else Verdict.TARGET_REACHED
         if state.stage_steps > config.max_reheat_steps:
             return Verdict.STEP_CAP
         return Verdict.CONTINUE
+
+    @property
+    def _cools(self) -> bool:
+        return self.config.action == "cool"
+
+    def _is_called_for(self) -> bool:
+        if self._cools:
+            assert self.config.cool_above is not None
+            return self.smoothed_entropy > self.config.cool_above
+        return self.smoothed_entropy < self.config.collapse_below
+
+    def _is_at_target(self, entropy: float) -> bool:
+        """So is an entropy that is no number: no step may follow it."""
+        if self._cools:
+            assert self.config.cool_to is not None
+            return not entropy >= self.config.cool_to
+        return not entropy <= self.config.reheat_to
 
     def carry_out(self, verdict: Verdict) -> None:
         """Moves the state where `verdict` leads."""
@@ -125,6 +145,17 @@ class Controller:
         """One line for the log; `rolled_back` says whether a run-away was undone."""
         c = self.config
         match verdict:
+            case Verdict.ENTER_REHEAT if self._cools:
+                return (
+                    f"entropy {self.smoothed_entropy:.3f} > {c.cool_above:g} nats: "
+                    f"too high, entering cooling round {self.state.round + 1}"
+                )
+            case Verdict.TARGET_REACHED if self._cools:
+                return f"entropy {entropy:.3f} < {c.cool_to:g} nats: cooled, back to RL"
+            case Verdict.STEP_CAP if self._cools:
+                return f"{c.max_reheat_steps} cooling steps done at entropy {entropy:.3f} nats: back to RL"
+            case Verdict.NOT_COLLAPSED if self._cools:
+                return f"entropy {entropy:.3f} < {c.cool_to:g} nats before any cooling: refused, back to RL"
             case Verdict.ENTER_REHEAT:
                 return (
                     f"entropy {self.smoothed_entropy:.3f} < {c.collapse_below:g} nats: "

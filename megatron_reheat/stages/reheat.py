@@ -26,6 +26,8 @@ class ReheatStage:
     the entropy of the rollouts and the gradient, and the gradient is dropped when the target is already reached: an update
     that would overshoot is never made, so nothing has to be undone, in master weights or moments.
 
+    The same steps cool a policy, by a teacher that is sharpened.
+
     A run-away is seen one step late, on rollouts of what the update before made. `last_good` holds the weights from before
     that update, the last ones whose entropy was measured and let pass. A round begins without, and they are saved with it.
     """

@@ -459,7 +459,22 @@ def test_bad_overrides_are_refused(tmp_path: Path, override: str, message: str) 
         (recipe(data={"source": "reasoning_gym"}), ["data: source reasoning_gym needs `name`"]),
         (recipe(data={"source": "jsonl"}), ["data: source jsonl needs `path`"]),
         (recipe(data={"source": "datasets"}), ["data: source datasets needs `name`"]),
-        (recipe(reheat={"teacher_temperature": 1.0}), ["reheat: teacher_temperature must be above 1"]),
+        (recipe(reheat={"teacher_temperature": 1.0}), ["reheat: teacher_temperature 1 has no loss"]),
+        (
+            recipe(reheat={"teacher_temperature": 0.8}),
+            ["reheat.teacher_temperature 0.8 is below 1", "controller.action=cool"],
+        ),
+        (
+            recipe(controller={"action": "cool", "cool_above": 0.6, "cool_to": 0.4}),
+            ["controller.action=cool needs reheat.teacher_temperature below 1, and it is 1.2"],
+        ),
+        (recipe(controller={"action": "cool", "cool_to": 0.4}), ["controller: action=cool needs cool_above"]),
+        (recipe(controller={"action": "cool", "cool_above": 0.4}), ["controller: action=cool needs cool_to"]),
+        (
+            recipe(controller={"action": "cool", "cool_above": 0.4, "cool_to": 0.4}),
+            ["controller: need cool_to < cool_above, got 0.4 and 0.4"],
+        ),
+        (recipe(controller={"cool_to": 0.4}), ["controller: cool_to would not be read with action=reheat"]),
         (recipe(controller={"collapse_below": 0.12}), ["controller: need collapse_below < reheat_to", "0.12, 0.12"]),
         (recipe(controller={"reheat_to": 0.5}), ["reheat_to < runaway_entropy", "0.08, 0.5"]),
         (recipe(run={"folder": "runs/{nmae}"}), ["run.folder: 'runs/{nmae}' may hold {name} in braces"]),

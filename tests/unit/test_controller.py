@@ -123,3 +123,43 @@ def test_every_verdict_explains_itself_with_numbers():
     for verdict in Verdict:
         text = controller.explain(verdict, 0.1234)
         assert any(character.isdigit() for character in text)
+
+
+# --- cooling: the other way round
+
+COOLING = CONFIG.model_copy(update={"action": "cool", "cool_above": 0.6, "cool_to": 0.4})
+
+
+def cooling() -> Controller:
+    controller = Controller(COOLING)
+    assert drive(controller, [0.8] * 3)[-1] is Verdict.ENTER_REHEAT
+    return controller
+
+
+def test_cooling_begins_above_its_threshold_and_not_on_a_collapse():
+    assert drive(Controller(COOLING), [0.6] * 6 + [0.01] * 6) == [Verdict.CONTINUE] * 12
+    controller = cooling()
+    assert (controller.state.stage, controller.state.round) == ("reheat", 1)
+
+
+def test_cooling_ends_below_its_target_whatever_is_a_run_away_in_reheating():
+    assert COOLING.runaway_entropy < 0.7
+    assert drive(cooling(), [0.7, 0.5, 0.4, 0.39]) == [Verdict.CONTINUE] * 3 + [Verdict.TARGET_REACHED]
+    assert drive(cooling(), [0.39]) == [Verdict.NOT_COLLAPSED]
+    assert drive(cooling(), [0.7] * 5) == [Verdict.CONTINUE] * 4 + [Verdict.STEP_CAP]
+
+
+@pytest.mark.parametrize("entropy", [0.81, math.nan, math.inf])
+def test_cooling_that_heats_is_a_run_away(entropy):
+    assert drive(cooling(), [0.7, entropy]) == [Verdict.CONTINUE, Verdict.RUNAWAY]
+
+
+def test_cooling_explains_itself_by_its_own_thresholds():
+    controller = Controller(COOLING)
+    controller.observe_rl(0.8)
+    texts = [
+        controller.explain(v, 0.39)
+        for v in (Verdict.ENTER_REHEAT, Verdict.TARGET_REACHED, Verdict.STEP_CAP, Verdict.NOT_COLLAPSED)
+    ]
+    assert [text for text in texts if "reheat" in text] == []
+    assert "> 0.6 nats" in texts[0] and "< 0.4 nats" in texts[1] and "< 0.4 nats" in texts[3]
