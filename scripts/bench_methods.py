@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.countdown_cpu.make_model import make_model, make_tokenizer
-from examples.entropy_arena.recipes import RECIPES, Sections, moved
+from examples.elsewhere import Sections, moved
+from examples.entropy_arena.recipes import RECIPES
 from megatron_reheat.commands.convert import to_hf
 from megatron_reheat.config import Config
 from megatron_reheat.recipe import dump_config
@@ -96,7 +97,7 @@ def make_policy(place: Path, layers: int, width: int, steps: int) -> None:
         "run": {"name": "trunk", "steps": 0},
     }
     recipe = place / "trunk.yaml"
-    recipe.write_text(dump_config(moved("grpo", place, QUIET, start)))
+    recipe.write_text(dump_config(moved(RECIPES["grpo"], place, QUIET, start)))
     subprocess.run(
         [sys.executable, "-m", "megatron_reheat", "train", str(recipe)], check=True, stdout=subprocess.DEVNULL
     )
@@ -106,7 +107,7 @@ def make_policy(place: Path, layers: int, width: int, steps: int) -> None:
 
 def config_of(name: str, place: Path) -> Config:
     """The method's recipe with batches like all the others', for a policy that stays as it is."""
-    recipe = "grpo" if name in (AGAIN, TWICE) else name
+    recipe = RECIPES["grpo" if name in (AGAIN, TWICE) else name]
     prompts = moved(recipe, place).rl.prompts_per_step
     minibatch = prompts // 2 if name in (*COMPARED_WITH_TWICE, TWICE) else None
     same: Sections = {"rl": {"minibatch_prompts": minibatch}, "optimizer": {"lr": 1e-12}, "sft": {"steps": 0}}

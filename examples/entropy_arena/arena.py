@@ -10,12 +10,8 @@ what was cut off from its last checkpoint. A run that fails is on record as such
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-import signal
 import sys
-import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +19,12 @@ from typing import Any
 
 from examples.countdown_cpu.demo import make_inputs
 from examples.countdown_cpu.make_model import make_model, make_tokenizer
-from examples.entropy_arena.recipes import RECIPES, ROOT, Sections, moved
+from examples.elsewhere import ROOT, Sections, joined, moved
+from examples.entropy_arena.recipes import CONTESTANTS, RECIPES
 from examples.entropy_arena.results import Result, draw, markdown, measured, read_all
+from examples.shares import share_out
 from megatron_reheat.commands.convert import to_hf
 from megatron_reheat.config import Config
-from megatron_reheat.processes import die_with_parent
 from megatron_reheat.run_folder import RunFolder, read_metrics
 from megatron_reheat.stages.series import RunSeries
 
@@ -76,82 +73,103 @@ class Settings:
     def config(self, name: str, seed: int, sections: Sections) -> Config:
         """A recipe for one seed; `sections` come last."""
         quick = (QUICK,) if self.quick else ()
-        return moved(name, self.place(seed), ALWAYS, *quick, {"run": {"seed": seed}}, sections)
+        return moved(RECIPES[name], self.place(seed), ALWAYS, *quick, {"run": {"seed": seed}}, sections)
+
+    @property
+    def first(self) -> Config:
+        """What the engines of all runs are started by."""
+        return self.config("grpo", 0, {})
 
 
 @dataclass(frozen=True)
 class WarmStart:
     """What a seed's runs fork from, or what the model that a method samples from besides is made of."""
 
+    settings: Settings
     seed: int
     name: str = TRUNK
 
-    def config(self, settings: Settings) -> Config:
-        model = settings.place(self.seed) / STARTS[self.name]
-        return settings.config(
+    @property
+    def config(self) -> Config:
+        model = self.settings.place(self.seed) / STARTS[self.name]
+        return self.settings.config(
             "grpo", self.seed, {"model": {"hf_path": str(model)}, "run": {"name": self.name, "steps": 0}}
         )
 
-    def finish(self, settings: Settings) -> str:
+    @property
+    def is_trained(self) -> bool:
+        return RunFolder(self.config.run.path).saved_step == self.config.total_steps
+
+    def do(self, series: RunSeries) -> str:
+        series.train(self.config)
         return f"seed {self.seed}: {self.name} is trained"
+
+    def failed(self, error: Exception) -> None:
+        """Nothing that starts from it is begun (`compete`)."""
 
 
 @dataclass(frozen=True)
 class Contest:
     """One method, alone or with reheating, from one seed's warm start."""
 
+    settings: Settings
     method: str
     reheat: bool
     seed: int
 
-    def config(self, settings: Settings) -> Config:
+    @property
+    def config(self) -> Config:
+        settings = self.settings
         run = {
-            "name": Path(self.result(settings).file).stem,
+            "name": Path(self.result().file).stem,
             "steps": settings.steps,
             "fork_from": str(settings.place(self.seed) / TRUNK),
         }
+        recipe, sections = CONTESTANTS[self.method]
         action = "reheat" if self.reheat else "none"
-        sections: Sections = {"run": run, "controller": {"action": action}}
-        if self.method == "sdpg":  # the recipe's ramps, for as many steps
+        sections = joined(sections, {"run": run, "controller": {"action": action}})
+        if recipe == "sdpg":  # the recipe's ramps, for as many steps
             rise = settings.steps // 8
-            sections = {**sections, "rl": {"options": {"warmup_steps": rise, "decay_steps": settings.steps - rise}}}
-        return settings.config(self.method, self.seed, sections)
+            sections = joined(
+                sections, {"rl": {"options": {"warmup_steps": rise, "decay_steps": settings.steps - rise}}}
+            )
+        return settings.config(recipe, self.seed, sections)
 
-    def finish(self, settings: Settings) -> str:
+    def do(self, series: RunSeries) -> str:
         """Writes the result."""
-        config = self.config(settings)
+        config = self.config
+        series.train(config)
         records = [r for r in read_metrics(config.run.path) if "stage" in r and r["step"] > config.sft.steps]
-        result = measured(records, self.result(settings, k=config.eval.num_samples))
-        result.write(settings.results)
+        result = measured(records, self.result(k=config.eval.num_samples))
+        result.write(self.settings.results)
         return f"{result.file}: avg {result.avg:.3f}, pass {result.pass_:.3f}, entropy {result.entropy:.3f}"
 
-    def result(self, settings: Settings, **known: Any) -> Result:
-        """With nothing measured yet."""
-        return Result(self.method, self.reheat, self.seed, settings.steps, **known)
+    def failed(self, error: Exception) -> None:
+        self.result(error=f"{type(error).__name__}: {error}").write(self.settings.results)
 
-    def is_done(self, settings: Settings) -> bool:
+    def result(self, **known: Any) -> Result:
+        """With nothing measured yet."""
+        return Result(self.method, self.reheat, self.seed, self.settings.steps, **known)
+
+    @property
+    def is_done(self) -> bool:
         """Failures are tried again.
 
         Raises:
             SystemExit: the result is of another number of steps.
         """
-        path = settings.results / self.result(settings).file
+        path, steps = self.settings.results / self.result().file, self.settings.steps
         if not path.exists():
             return False
         result = Result.read(path)
-        if result.steps != settings.steps:
-            sys.exit(
-                f"{path} is of {result.steps} steps, not {settings.steps}; give other --results and --runs folders"
-            )
+        if result.steps != steps:
+            sys.exit(f"{path} is of {result.steps} steps, not {steps}; give other --results and --runs folders")
         return result.error is None
-
-
-Task = WarmStart | Contest
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=sorted(RECIPES), default=sorted(RECIPES))
+    parser.add_argument("--methods", nargs="+", choices=sorted(CONTESTANTS), default=sorted(CONTESTANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=None, help="after the warm start; 200, with --quick 6")
     parser.add_argument("--quick", action="store_true", help="a few small steps, to see that everything runs")
@@ -164,7 +182,7 @@ def main() -> int:
     results = options.results or (runs / "results" if options.quick else HERE / "results")
     settings = Settings(runs, results, options.steps or (6 if options.quick else 200), options.quick)
     if not options.table:
-        contests = [Contest(m, r, s) for s in options.seeds for m in options.methods for r in (False, True)]
+        contests = [Contest(settings, m, r, s) for s in options.seeds for m in options.methods for r in (False, True)]
         compete(contests, settings, options.jobs)
     found = read_all(results)
     if not found:
@@ -176,68 +194,30 @@ def main() -> int:
     return int(any(r.error for r in found))
 
 
-def compete(contests: list[Contest], settings: Settings, jobs: int) -> None:
+def compete(contests: Sequence[Contest], settings: Settings, jobs: int) -> None:
     """Everything that is not done yet, warm starts first."""
-    left = [contest for contest in contests if not contest.is_done(settings)]
+    left = [contest for contest in contests if not contest.is_done]
     seeds = sorted({contest.seed for contest in left})
-    asking = sorted({c.seed for c in left if c.config(settings).rl.samplers})
+    asking = sorted({c.seed for c in left if c.config.rl.samplers})
     for seed in seeds:
         make_inputs(settings.place(seed), seed)
     for seed in asking:
         start = settings.place(seed) / STARTS[EXPLORER_TRUNK]
         make_model(EXPLORER_SEED + seed).save_pretrained(start)
         make_tokenizer().save_pretrained(start)
-    starts = [WarmStart(seed) for seed in seeds] + [WarmStart(seed, EXPLORER_TRUNK) for seed in asking]
-    untrained = [start for start in starts if not is_trained(start, settings)]
+    starts = [WarmStart(settings, seed) for seed in seeds]
+    starts += [WarmStart(settings, seed, EXPLORER_TRUNK) for seed in asking]
+    untrained = [start for start in starts if not start.is_trained]
     if jobs == 1 and not asking:
-        share_out([*untrained, *left], settings, jobs)  # one after the other anyway, on one engine
+        share_out([*untrained, *left], settings.first, jobs)  # one after the other anyway, on one engine
         return
-    share_out(untrained, settings, jobs)
-    if missing := [start for start in starts if not is_trained(start, settings)]:
+    share_out(untrained, settings.first, jobs)
+    if missing := [start for start in starts if not start.is_trained]:
         sys.exit(f"{missing[0].name} of seed {missing[0].seed} failed, and with it all that starts from it")
     for seed in asking:
         if not (explorer := settings.place(seed) / "explorer").exists():
             to_hf(settings.place(seed) / EXPLORER_TRUNK, explorer)
-    share_out(left, settings, jobs)
-
-
-def is_trained(start: WarmStart, settings: Settings) -> bool:
-    config = start.config(settings)
-    return RunFolder(config.run.path).saved_step == config.total_steps
-
-
-def share_out(tasks: Sequence[Task], settings: Settings, jobs: int) -> None:
-    """Returns when all are done or have failed."""
-    cores = sorted(os.sched_getaffinity(0))
-    context = multiprocessing.get_context("spawn")
-    started = [
-        context.Process(target=work, args=(cores[j % len(cores)], tasks[j::jobs], settings, os.getpid()))
-        for j in range(min(jobs, len(tasks)))
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join()
-        if process.exitcode:
-            sys.exit(f"a process ended with status {process.exitcode}; the same command goes on from what is saved")
-
-
-def work(core: int, tasks: Sequence[Task], settings: Settings, parent: int) -> None:
-    """One process's share, on one core."""
-    die_with_parent(parent, "arena", signal.SIGTERM)
-    os.sched_setaffinity(0, {core})
-    with RunSeries(settings.config("grpo", tasks[0].seed, {})) as series:
-        for task in tasks:
-            started = time.monotonic()
-            try:
-                series.train(task.config(settings))
-                said = task.finish(settings)
-            except Exception as error:  # of which a night's work is not to end
-                said = f"{task} failed: {error}"
-                traceback.print_exc()
-                if isinstance(task, Contest):
-                    task.result(settings, error=f"{type(error).__name__}: {error}").write(settings.results)
-            print(f"{said} ({time.monotonic() - started:.0f} s)", flush=True)
+    share_out(left, settings.first, jobs)
 
 
 if __name__ == "__main__":

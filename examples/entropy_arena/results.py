@@ -15,13 +15,12 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from examples.over_seeds import Mean
 from megatron_reheat.analysis.look import DPI, LIGHT, style
 from megatron_reheat.analysis.tracks import stage_spans
 
 BASELINE = "grpo"
 CURVE_POINTS = 30
-# Student's t at 0.975, by degrees of freedom from 1
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -101,26 +100,6 @@ def _in_stretches(values: Sequence[float], count: int) -> list[float]:
 
 def read_all(folder: Path) -> list[Result]:
     return [Result.read(path) for path in sorted(folder.glob("seed-*/*.json"))]
-
-
-FEWEST_SEEDS = 3  # of two, the interval is 13 standard errors wide
-
-
-class Mean(NamedTuple):
-    """Over seeds, with the half width of Student's 95% interval; infinite, and not shown, for fewer than three."""
-
-    value: float
-    half: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        value, n = statistics.fmean(values), len(values)
-        if n < FEWEST_SEEDS:
-            return cls(value, math.inf)
-        return cls(value, T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1] * statistics.stdev(values) / math.sqrt(n))
-
-    def show(self, digits: int) -> str:
-        return f"{self.value:.{digits}f}" + (f" ± {self.half:.{digits}f}" if math.isfinite(self.half) else "")
 
 
 class Quantity(NamedTuple):

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from examples.countdown_cpu.make_model import make_model, make_tokenizer
 from examples.countdown_cpu.make_task import make_problem
-from examples.entropy_arena.recipes import RECIPES, moved
+from examples.elsewhere import moved
+from examples.entropy_arena.recipes import RECIPES
 from megatron_reheat.config import Config
 from megatron_reheat.methods import METHODS
 from megatron_reheat.recipe import dump_config, load_config
@@ -88,7 +89,7 @@ def small(name: str, root: Path, out: Path, **sections: dict[str, Any]) -> Path:
     minibatch = load(name).rl.minibatch_prompts and SIZES["rl"]["prompts_per_step"] // 2
     method = {"rl": {"minibatch_prompts": minibatch, "options": OPTIONS.get(name, {})}}
     teacher = {"max_hinted_prompt_tokens": MAX_HINTED[name], "on_long_prompt": "skip"} if name in MAX_HINTED else {}
-    config = moved(name, root, SIZES, method, {"data": teacher}, run, sections)
+    config = moved(RECIPES[name], root, SIZES, method, {"data": teacher}, run, sections)
     path = out / f"{name}.yaml"
     path.write_text(dump_config(config))
     return path

@@ -9,9 +9,10 @@ from typing import Any
 import matplotlib.image
 import pytest
 
+from examples.elsewhere import moved
 from examples.entropy_arena.arena import Contest, Settings, WarmStart
-from examples.entropy_arena.recipes import RECIPES, moved
-from examples.entropy_arena.results import Mean, Result, draw, markdown, measured, read_all, rows
+from examples.entropy_arena.recipes import CONTESTANTS, RECIPES
+from examples.entropy_arena.results import Result, draw, markdown, measured, read_all, rows
 from megatron_reheat.recipe import load_config
 
 
@@ -39,14 +40,6 @@ def test_a_result_survives_its_file(tmp_path: Path) -> None:
     assert read[0] == one
     assert read[1].error == "ReheatError: no" and math.isnan(read[1].avg) and read[1].curve == ()
     assert max(path.stat().st_size for path in tmp_path.rglob("*.json")) < 400
-
-
-def test_an_interval_is_students_over_seeds() -> None:
-    # mean 0.52, standard deviation 0.02, t(2) = 4.303
-    assert Mean.of([0.50, 0.52, 0.54]) == pytest.approx((0.52, 4.303 * 0.02 / math.sqrt(3)))
-    assert Mean.of([0.5]) == (0.5, math.inf) and Mean.of([0.5]).show(2) == "0.50"
-    assert Mean.of([0.5, 0.6]).show(2) == "0.55"  # of two, an interval says nothing
-    assert Mean.of([1.0] * 12) == (1.0, 0.0)
 
 
 def test_rows_are_methods_with_and_without_reheating_and_grpo_is_first(recorded: Path) -> None:
@@ -109,36 +102,37 @@ def test_a_long_run_has_a_short_curve() -> None:
 
 def test_a_recipe_reads_and_writes_in_one_place(tmp_path: Path) -> None:
     for name in RECIPES:
-        config = moved(name, tmp_path)
+        config = moved(RECIPES[name], tmp_path)
         text = config.model_dump_json()
         assert "runs/countdown" not in text and f"{tmp_path}/model" in text
         assert config.rl == load_config(RECIPES[name]).rl or f"{tmp_path}/" in config.rl.model_dump_json()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", CONTESTANTS)
 @pytest.mark.parametrize("quick", [False, True])
 def test_contests_differ_in_the_method_and_the_reheating_alone(name: str, quick: bool, tmp_path: Path) -> None:
     settings = Settings(tmp_path, tmp_path / "results", 7, quick)
-    plain, reheated = (Contest(name, reheat, 2).config(settings) for reheat in (False, True))
-    start = WarmStart(2).config(settings)
+    plain, reheated = (Contest(settings, name, reheat, 2).config for reheat in (False, True))
+    start = WarmStart(settings, 2).config
     assert start.total_steps == start.sft.steps > 0
     assert plain.run.fork_from == str(start.run.path) == str(tmp_path / "seed-2" / "trunk")
     assert plain.total_steps == start.total_steps + 7 and {plain.run.seed, start.run.seed} == {2}
     assert (plain.controller.action, reheated.controller.action) == ("none", "reheat")
     same = {"run": reheated.run, "controller": reheated.controller}
     assert plain.model_copy(update=same) == reheated
-    baseline = Contest("grpo", False, 2).config(settings)
+    baseline = Contest(settings, "grpo", False, 2).config
     differing = [key for key in type(plain).model_fields if getattr(plain, key) != getattr(baseline, key)]
     assert set(differing) <= {"run", "rl", "data"}
     assert (plain.rl.prompts_per_step, plain.rl.group_size) == (baseline.rl.prompts_per_step, baseline.rl.group_size)
 
 
 def test_what_is_done_is_told_by_its_file(tmp_path: Path) -> None:
-    settings, contest = Settings(tmp_path, tmp_path, 300, False), Contest("grpo", False, 0)
-    assert not contest.is_done(settings)
+    settings = Settings(tmp_path, tmp_path, 300, False)
+    contest = Contest(settings, "grpo", False, 0)
+    assert not contest.is_done
     result("grpo", 0, 0.5).write(tmp_path)
-    assert contest.is_done(settings) and not Contest("grpo", True, 0).is_done(settings)
+    assert contest.is_done and not Contest(settings, "grpo", True, 0).is_done
     with pytest.raises(SystemExit, match="of 300 steps, not 7; give other --results"):
-        contest.is_done(Settings(tmp_path, tmp_path, 7, False))
+        _ = Contest(Settings(tmp_path, tmp_path, 7, False), "grpo", False, 0).is_done
     Result("grpo", False, 0, 300, error="ReheatError: no").write(tmp_path)
-    assert not contest.is_done(settings)
+    assert not contest.is_done
