@@ -18,6 +18,7 @@ _WORDS = {"reward/accuracy": "accuracy", "reward/mean": "reward"}
 
 
 def draw_entropy(ax: Axes, scene: Scene) -> None:
+    """As it was logged, not smoothed, with the thresholds of the runs' controllers."""
     thresholds = {
         (value, words)
         for track in scene.tracks
@@ -93,6 +94,7 @@ def draw_evaluation(ax: Axes, scene: Scene, suite: str | None = None) -> None:
 
 
 def draw_time(ax: Axes, scene: Scene) -> None:
+    """Seconds by part of a step: over the steps, or each arm's means where there are several."""
     parts = [
         (name, colour)
         for name, colour in zip(TIME_PARTS, scene.theme.time_parts, strict=True)
