@@ -94,6 +94,7 @@ def point(folder: Path, pointer: str, name: str) -> None:
 
 
 def fsync(path: Path) -> None:
+    """Returns when the content of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

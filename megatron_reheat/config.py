@@ -397,6 +397,8 @@ class OptimizerConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """When a run is saved, and which checkpoints stay."""
+
     every: int = Field(default=50, ge=0, description="steps; 0 saves only at the end")
     keep: int = Field(default=2, gt=0, description="most recent checkpoints that stay on disk")
     keep_best: Annotated[str, AfterValidator(eval_metric)] | None = Field(
@@ -407,6 +409,8 @@ class CheckpointConfig(Section):
 
 
 class LoggingConfig(Section):
+    """How a run is shown, beside metrics.jsonl, which is always written."""
+
     console: bool = Field(default=True, description="a line for each step on the terminal")
     tensorboard: bool = Field(default=True, description="event files in the run's folder")
     wandb_project: str | None = Field(default=None, description="sends metrics there; empty: no Weights & Biases")
@@ -420,6 +424,8 @@ class LoggingConfig(Section):
 
 
 class RunConfig(Section):
+    """What a run is called, where it writes, how long it is and what it starts from."""
+
     name: PathText = Field(default="run", min_length=1, description="of the run and its folder")
     folder: PathText = Field(
         default="runs/{name}", min_length=1, description="where it writes; `{name}` stands for run.name"
@@ -458,10 +464,13 @@ class RunConfig(Section):
 
     @property
     def path(self) -> Path:
+        """`folder` with the name filled in; a relative one counts from the working directory."""
         return Path(self.folder.format(name=self.name))
 
 
 class Config(Section):
+    """A recipe, with defaults where it says nothing. What makes no sense together is refused."""
+
     model: ModelConfig
     data: TrainDataConfig
     parallel: ParallelConfig = ParallelConfig()

@@ -41,6 +41,8 @@ MAX_WAIT_S = 2e6  # poll() counts milliseconds in 31 bits
 
 
 class Section(BaseModel):
+    """Frozen. Refuses unknown keys, NaN, infinities, numbers beyond MAX_NUMBER and NUL characters."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @field_validator("*")
@@ -55,6 +57,10 @@ class Section(BaseModel):
 
 
 def checked_url(url: str) -> str:
+    """
+    Raises:
+        ValueError: it is no server's http or https URL, or holds a user or password.
+    """
     try:
         parts = urlsplit(url)
         has_host = re.fullmatch(r"[\w.:%-]+", parts.hostname or "") is not None and parts.port != 0
@@ -118,6 +124,11 @@ PathText = Annotated[str, AfterValidator(check_path)]
 
 
 def checked_path(path: Any) -> Any:
+    """One path as it is, several as a tuple; None stays None.
+
+    Raises:
+        ValueError: it is none of these, or no file can have such a name.
+    """
     names = [path] if isinstance(path, str) else path
     if path is not None and not (
         isinstance(names, list | tuple) and all(isinstance(n, str) and n for n in names) and names
@@ -174,6 +185,10 @@ Name = Annotated[str, AfterValidator(_checked_name)]
 
 
 def eval_metric(metric: str) -> str:
+    """
+    Raises:
+        ValueError: no evaluation logs a metric of that name that a checkpoint could be the best by.
+    """
     if not re.fullmatch(r"eval/([A-Za-z0-9_-]+/)?(avg|pass)_at_k", metric):
         raise ValueError("must be eval/avg_at_k, eval/pass_at_k, or the same of a suite, as eval/NAME/avg_at_k")
     return metric

@@ -46,6 +46,8 @@ Made of the code by `python -m megatron_reheat.config_reference yaml`; do not ed
 
 
 class Row(NamedTuple):
+    """One key, by its dotted name; `kind` says what values it takes, `default` is `required` where there is none."""
+
     key: str
     kind: str
     default: str
@@ -58,6 +60,7 @@ def sections() -> dict[str, type[Section]]:
 
 
 def rows(section: type[BaseModel], prefix: str) -> Iterator[Row]:
+    """One for each field; where that holds sections by name, also the keys, as `NAME.key`, that their base lacks."""
     for name, field in section.model_fields.items():
         default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
         yield Row(f"{prefix}{name}", kind_of(field), default, field.description or "")
@@ -155,6 +158,7 @@ def print_reference(section: str | None) -> None:
 
 
 def markdown() -> str:
+    """The text of `yaml/README.md`."""
     parts = [INTRODUCTION]
     for name, section in sections().items():
         parts += [f"## {name}\n", *_paragraph(section), _table(rows(section, f"{name}."))]
@@ -203,6 +207,7 @@ def schema() -> dict[str, Any]:
 
 
 def write(folder: Path) -> None:
+    """Into an existing folder, over what it holds under these names."""
     for name, text in files().items():
         (folder / name).write_text(text, encoding="utf-8")
 

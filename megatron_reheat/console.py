@@ -85,6 +85,7 @@ class StepConsole:
                 self._print(self._eval_row(step, suite, found))
 
     def event(self, text: str, style: str) -> None:
+        """On a line of its own, in one of rich's styles."""
         self._print(Text(f"--- {text}", style=style))
 
     def _row(self, step: int, stage: StageName, metrics: Mapping[str, float]) -> Text:

@@ -66,6 +66,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def cannot_write(path: Path, reason: str) -> ReheatError:
+    """For what a run could not save or log; says that what was saved before is whole."""
     return ReheatError(
         f"cannot write {path}: {reason}; make room there or change run.folder: what was saved before is whole, and the "
         "same command goes on from it"
@@ -78,4 +79,5 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def print_error(message: str) -> None:
+    """On stderr, without secrets; line breaks stay, other control characters are escaped."""
     print(f"error: {printable(redact_text(message), keep=chr(10))}", file=sys.stderr, flush=True)

@@ -44,9 +44,11 @@ class MetricSums:
         self._add(name, _Entry("mean", float(total), float(count)))
 
     def add_sum(self, name: str, value: float) -> None:
+        """Adds to the name's total over all micro-batches and ranks."""
         self._add(name, _Entry("sum", float(value)))
 
     def add_max(self, name: str, value: float) -> None:
+        """Keeps the largest over all micro-batches and ranks."""
         self._add(name, _Entry("max", float(value)))
 
     def merge(self, other: MetricSums) -> None:

@@ -111,6 +111,7 @@ def type_of(section: type[BaseModel], keys: list[str]) -> Any:
 
 
 def is_null(text: str) -> bool:
+    """Whether the text stands for no value, as one of NULLS, in upper or lower case."""
     return text.strip().lower() in NULLS
 
 

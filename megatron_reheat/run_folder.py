@@ -37,22 +37,28 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunFolder:
+    """Where what a run writes lies. Nothing need exist: asking for a path makes none."""
+
     path: Path
 
     @property
     def config(self) -> Path:
+        """The resolved configuration of the latest start, without secrets."""
         return self.path / "config.yaml"
 
     @property
     def metrics(self) -> Path:
+        """One JSON object a line, for each step and each event."""
         return self.path / "metrics.jsonl"
 
     @property
     def discarded_metrics(self) -> Path:
+        """What `discard_after` took out of `metrics`; there is none before."""
         return self.path / "metrics.discarded.jsonl"
 
     @property
     def checkpoints(self) -> Path:
+        """Holds the `step-N` folders, and `latest` and `best` (`checkpoint_folder`)."""
         return self.path / "checkpoints"
 
     @property
@@ -62,14 +68,17 @@ class RunFolder:
 
     @property
     def tensorboard(self) -> Path:
+        """Event files; only with `logging.tensorboard`."""
         return self.path / "tensorboard"
 
     @property
     def report(self) -> Path:
+        """Where `reheat report` writes unless it is told otherwise."""
         return self.path / "report"
 
     @property
     def logs(self) -> Path:
+        """What vLLM's processes print, a file for each engine or server, appended to."""
         return self.path / "logs"
 
     @property
@@ -79,6 +88,7 @@ class RunFolder:
         return None if checkpoint is None else checkpoint_step(checkpoint)
 
     def rollouts(self, step: int) -> Path:
+        """Completions of one step, one JSON object a line; there is none where nothing was sampled or kept."""
         return self.path / "rollouts" / f"step-{step:06d}.jsonl"
 
     def create(self, config: Config) -> None:

@@ -40,6 +40,7 @@ class Holder:
 
     @classmethod
     def myself(cls) -> Holder:
+        """This process, with a token of its own each time."""
         return cls(socket.gethostname(), _place(), os.getpid(), str(_started(os.getpid())), uuid.uuid4().hex)
 
     def is_here(self) -> bool:
@@ -47,6 +48,7 @@ class Holder:
         return self.place == _place()
 
     def is_gone(self) -> bool:
+        """Whether its process has ended; False where that cannot be seen from here."""
         return self.is_here() and _started(self.pid) != self.started
 
 

@@ -37,9 +37,19 @@ class StepRecord:
 
 
 class Tracker(Protocol):
-    def step(self, record: StepRecord, metrics: Mapping[str, float]) -> None: ...
-    def event(self, step: int, text: str) -> None: ...
-    def close(self, exit_code: int) -> None: ...
+    """Where a run is shown beside metrics.jsonl; only the main rank has any."""
+
+    def step(self, record: StepRecord, metrics: Mapping[str, float]) -> None:
+        """`metrics` are those of the record that are finite, and perhaps `log/nonfinite`."""
+        ...
+
+    def event(self, step: int, text: str) -> None:
+        """A sentence about the run at `step`; there may be several."""
+        ...
+
+    def close(self, exit_code: int) -> None:
+        """Ends the tracker's run, as failed where `exit_code` is not 0."""
+        ...
 
 
 def start_trackers(config: Config, folder: RunFolder, start_step: int) -> list[Tracker]:
@@ -68,6 +78,8 @@ def start_trackers(config: Config, folder: RunFolder, start_step: int) -> list[T
 
 
 class TensorBoard:
+    """Event files in the run's folder; steps after `start_step` of an earlier process are hidden."""
+
     def __init__(self, folder: RunFolder, start_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter

@@ -88,6 +88,7 @@ class Group:
 
     @property
     def accuracy(self) -> float:
+        """Share of its completions that are correct, once they are graded."""
         return sum(r.correct for r in self.rewards) / len(self.rewards)
 
     @property
@@ -168,6 +169,7 @@ class TrainSequence:
 
     @property
     def num_response_tokens(self) -> int:
+        """R; 0 where a view leaves the sequence out."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     def behind(self, prompt: TokenArray) -> TrainSequence:
@@ -195,10 +197,12 @@ class TrainBatch:
 
     @property
     def num_valid_tokens(self) -> int:
+        """Without sequences that have a `share` of their own."""
         return sum(s.num_response_tokens for s in self.sequences if s.share is None)
 
     @property
     def num_tokens(self) -> int:
+        """Of prompts and responses, on all ranks together."""
         return sum(len(s.token_ids) for s in self.sequences)
 
     def with_old_logprobs(self, old_logprobs: Sequence[FloatArray]) -> TrainBatch:

@@ -22,6 +22,7 @@ class Estimate:
 
     @classmethod
     def of(cls, record: Record, metric: str) -> Estimate:
+        """`metric` of one record; without both ends of the interval there is none."""
         low, high = number(record.get(f"{metric}_low")), number(record.get(f"{metric}_high"))
         known = low is not None and high is not None
         return cls(number(record.get(metric)), low if known else None, high if known else None)

@@ -67,6 +67,8 @@ DARK = Theme(
 
 @dataclass(frozen=True)
 class Look:
+    """How one run's lines are drawn, in matplotlib's terms."""
+
     colour: str
     style: LineStyle
     shade: str  # of its reheat stages: with several arms the shade says whose
@@ -91,6 +93,7 @@ class Scene:
 
     @classmethod
     def of(cls, tracks: Sequence[Track], theme: Theme = LIGHT) -> Scene:
+        """Arms take the colours of `theme` in turn, in each round with the next of ARM_STYLES; all trunks have one."""
         num_arms = sum(not track.is_trunk for track in tracks)
         looks: list[Look] = []
         arm = 0
@@ -106,6 +109,7 @@ class Scene:
 
     @property
     def has_several_arms(self) -> bool:
+        """Trunks are not counted."""
         return sum(not track.is_trunk for track in self.tracks) > 1
 
     def legend(self) -> list[Key]:
@@ -157,4 +161,5 @@ def style(theme: Theme = LIGHT) -> dict[str, Any]:
 
 
 def shorten(text: str, length: int) -> str:
+    """At most `length` characters; what is cut off becomes an ellipsis."""
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -41,6 +41,7 @@ def page_template(path: Path, filters: Mapping[str, Callable[..., str]]) -> Temp
 
 
 def decimals(value: float | None, digits: int = 3) -> str:
+    """With `digits` places and commas between thousands; a dash for None."""
     return "-" if value is None else f"{value:,.{digits}f}"
 
 

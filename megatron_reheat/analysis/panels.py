@@ -21,6 +21,7 @@ OF_COOLING = ("cool_to", "cool_above")
 
 
 def draw_entropy(ax: Axes, scene: Scene) -> None:
+    """As it was logged, not smoothed, with the thresholds of the runs' controllers."""
     thresholds = {
         (value, key)
         for track in scene.tracks
@@ -96,6 +97,7 @@ def draw_evaluation(ax: Axes, scene: Scene, suite: str | None = None) -> None:
 
 
 def draw_time(ax: Axes, scene: Scene) -> None:
+    """Seconds by part of a step: over the steps, or each arm's means where there are several."""
     parts = [
         (name, colour)
         for name, colour in zip(TIME_PARTS, scene.theme.time_parts, strict=True)

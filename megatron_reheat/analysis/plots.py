@@ -37,7 +37,9 @@ class Themed(Protocol):
     """What a panel is drawn from."""
 
     @property
-    def theme(self) -> Theme: ...
+    def theme(self) -> Theme:
+        """The colours to draw in."""
+        ...
 
 
 ThemedT = TypeVar("ThemedT", bound=Themed)

@@ -25,12 +25,19 @@ TEMPLATE = Path(__file__).parent / "report.html.j2"
 
 @dataclass(frozen=True)
 class ReportPaths:
+    """The files of a report, which `write_report` has written."""
+
     png: Path
     html: Path
 
 
 @dataclass(frozen=True)
 class RunRow:
+    """A row of the page's table of runs; `steps` are the first and the last as `1-20`.
+
+    Entropies are in nats. What was not logged is None.
+    """
+
     run: str
     steps: str
     elapsed_s: float | None

@@ -26,6 +26,7 @@ class Excerpt:
 
     @classmethod
     def of(cls, text: Any) -> Excerpt:
+        """All of `text`, or its first HEAD_CHARS and last TAIL_CHARS characters; empty for what is no text."""
         text = text if isinstance(text, str) else ""
         num_cut = len(text) - HEAD_CHARS - TAIL_CHARS
         return cls(text) if num_cut <= 0 else cls(text[:HEAD_CHARS], num_cut, text[-TAIL_CHARS:])
@@ -42,6 +43,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class SampledPrompt:
+    """A prompt with the first MAX_ANSWERS of its answers."""
+
     text: Excerpt
     answers: tuple[Answer, ...]
 

@@ -53,6 +53,7 @@ class Track:
         return None if k is None else int(k)
 
     def has(self, metric: str) -> bool:
+        """Whether its own records, without those of `before`, hold a finite value."""
         return any(number(r.get(metric)) is not None for r in self.records)
 
     def values(self, metric: str) -> list[float]:
@@ -83,10 +84,12 @@ class Track:
         return steps[first:], trailing_mean(values, window)[first:]
 
     def spans(self) -> list[Span]:
+        """Of its own records; the first begins where `before` ends."""
         begin = next((r["step"] for r in reversed(self.before) if "stage" in r), None)
         return stage_spans(self.records, begin)
 
     def events(self) -> list[tuple[int, str]]:
+        """(step, text) in step order."""
         return [(r["step"], str(r["event"])) for r in self.records if r.get("event")]
 
 
@@ -96,6 +99,7 @@ def number(value: Any) -> float | None:
 
 
 def stage_name(record: Record) -> str:
+    """With its round where that is counted: `reheat round 2`."""
     return f"{record['stage']} round {record['round']}" if record.get("round") else str(record["stage"])
 
 

@@ -61,6 +61,7 @@ def examine(console: Console | None = None) -> int:
 
 
 def find_all() -> list[Finding]:
+    """In the order of the table. Where torch cannot be imported, Python and torch alone."""
     python = Finding("Python", "ok", sys.version.split()[0])
     try:
         import torch
@@ -86,6 +87,7 @@ def find_all() -> list[Finding]:
 
 
 def version_of(package: str) -> str | None:
+    """Of an installed distribution, None where there is none of that name."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

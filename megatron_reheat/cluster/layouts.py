@@ -33,6 +33,7 @@ class Layout(NamedTuple):
 
     @property
     def phases(self) -> Mapping[str, float]:
+        """Seconds of each phase of an RL step."""
         return self.estimate.rl_step()
 
     @property

@@ -27,6 +27,7 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
+        """Modeled over published."""
         return self.modeled / self.published
 
 

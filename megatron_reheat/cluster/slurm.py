@@ -57,10 +57,12 @@ class JobRequest:
 
     @property
     def per_node(self) -> int:
+        """Processes on each of the trainer's nodes."""
         return self.gpus_per_node if self.cpu_tasks is None else self.cpu_tasks
 
     @property
     def python(self) -> str:
+        """The interpreter as a word of the script: of the venv, of the container, else the one that runs here."""
         return "python" if self.venv else "python3" if self.container else shlex.quote(sys.executable)
 
 

@@ -40,10 +40,12 @@ class Lengths:
 
     @property
     def mean(self) -> float:
+        """Tokens, of responses that are cut at `cap`."""
         return self.scale * -math.expm1(-self.cap / self.scale)
 
     @property
     def square_mean(self) -> float:
+        """Mean of the squared lengths, tokens^2."""
         x = self.cap / self.scale
         if x < 1e-3:  # the closed form cancels to noise where nearly all responses reach the cap
             return self.cap**2 * (1 - 2 * x / 3)
@@ -69,10 +71,12 @@ class Batch:
 
     @property
     def sequences(self) -> int:
+        """Of the step, on all replicas together."""
         return self.prompts * self.group_size
 
     @property
     def tokens(self) -> float:
+        """Of the step's prompts and responses, on all replicas together, expected."""
         return self.sequences * (self.prompt_tokens + self.lengths.mean)
 
     @property
@@ -83,6 +87,7 @@ class Batch:
 
     @property
     def microbatches(self) -> int:
+        """Of one minibatch on the fullest replica, if packing left no gaps."""
         return math.ceil(self.tokens_per_replica / self.microbatch_tokens)
 
     @property
@@ -143,6 +148,7 @@ class Workload:
 
     @cached_property
     def num_replicas(self) -> int:
+        """Copies of the model (DP); raises ConfigError where the layout does not fit `num_gpus`."""
         return self.config.data_parallel(self.num_gpus)
 
     @cached_property
@@ -155,6 +161,7 @@ class Workload:
 
     @cached_property
     def rl_batch(self) -> Batch:
+        """One RL step. Raises ConfigError unless `mean_tokens` lies between 0 and rollout.max_tokens."""
         rl = self.config.rl
         lengths = Lengths.from_mean(self.mean_tokens, self.config.rollout.max_tokens)
         updates = rl.prompts_per_step // (rl.minibatch_prompts or rl.prompts_per_step)
@@ -162,6 +169,7 @@ class Workload:
 
     @cached_property
     def method(self) -> MethodChoice:
+        """What `rl.method` names; raises ConfigError as `choose_method` does."""
         return choose_method(self.config)
 
     @cached_property

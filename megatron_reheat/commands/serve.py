@@ -123,6 +123,7 @@ def check_exposure(host: str) -> None:
 
 
 def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens there; False for any name but localhost."""
     if host == "localhost":
         return True
     try:

@@ -54,6 +54,7 @@ class ChatTemplate:
 
     @property
     def prints_date(self) -> bool:
+        """Whether the template asks for the date, by `strftime_now`."""
         return self._mentions("strftime_now")
 
     @property

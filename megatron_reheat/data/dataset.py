@@ -73,14 +73,17 @@ class PromptDataset:
 
     @property
     def num_skipped(self) -> int:
+        """Records left out because their prompt is too long."""
         return self.counts.skipped
 
     @property
     def num_overlapping(self) -> int:
+        """Prompts left out by `without`."""
         return self.counts.overlapping
 
     @property
     def num_duplicates(self) -> int:
+        """Records that make the same prompt as an earlier one, left out or not."""
         return self.counts.duplicates
 
     @cached_property
@@ -242,8 +245,10 @@ class RenderedPrompts(PromptDataset):
 
 
 def digest_of(text: str) -> int:
+    """xxh3-64 of the text's UTF-8; a lone surrogate is encoded as if it were a character."""
     return xxhash.xxh3_64_intdigest(text.encode(errors="surrogatepass"))
 
 
 def extend_fingerprint(crc: int, text: str) -> int:
+    """The CRC-32 after one more text; begins with 0."""
     return zlib.crc32(text.encode(errors="surrogatepass") + b"\0", crc)

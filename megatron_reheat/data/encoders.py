@@ -18,6 +18,8 @@ MAX_CORPUS_CHARS = 4000  # of a text: which n-grams are common is seen in its be
 
 
 class TextEncoder(Protocol):
+    """Texts as rows of length 1, so that the product of two is their cosine."""
+
     def encode(self, texts: Sequence[str]) -> Any:
         """[N, F], dense or sparse; a row is zero where there is nothing to tell of a text."""
         ...

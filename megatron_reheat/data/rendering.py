@@ -46,6 +46,7 @@ class Renderer:
             self._chat = ChatTemplate(tokenizer, config.chat_template_kwargs, section=section, today=today)
 
     def text(self, record: Record, where: str) -> str:
+        """The prompt as the policy reads it: by the chat template, or `raw_template`."""
         record = self._entry(record, where)
         if self._chat is None:
             return self._raw_text(record, where)
@@ -87,6 +88,7 @@ class Renderer:
         return _encodable(chat.render(messages, where), what, where)
 
     def solution(self, record: Record, where: str) -> str | None:
+        """The worked answer; None where there is no `solution_template`."""
         template = self.config.solution_template
         if template is None:
             return None
@@ -94,6 +96,7 @@ class Renderer:
         return _encodable(fill(template, record, f"{self.section}.solution_template", where), "worked answer", where)
 
     def verifier(self, record: Record, where: str) -> dict[str, Any]:
+        """What graders get: `answer`; of reasoning-gym `task` and `entry`; of functions `record` and `where`."""
         config = self.config
         if self._reward_kind == "function":
             return {"record": record, "where": where}

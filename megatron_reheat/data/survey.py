@@ -48,6 +48,11 @@ class Survey:
         self._num_long_hints = 0
 
     def prompts(self) -> RenderedPrompts:
+        """Makes the pass, once: over `size` records at most, not counting duplicates that are left out.
+
+        Raises:
+            ConfigError: naming the record that does not fit; or none becomes a prompt.
+        """
         config = self._renderer.config
         batch: list[_Candidate] = []
         first = ""

@@ -53,6 +53,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: RealArray) -> Estimate:
+        """From one value a problem, [P]; the same values give the same interval."""
         return cls(float(values.mean()), *bootstrap_interval(values, BOOTSTRAP_SEED))
 
     def __str__(self) -> str:
@@ -86,6 +87,7 @@ def estimates(correct: BoolArray) -> dict[int, Estimate]:
 
 
 def ks(n: int) -> list[int]:
+    """The powers of two up to `n`, for which pass@k is reported."""
     return [1 << i for i in range(n.bit_length())]
 
 

@@ -100,10 +100,12 @@ class SuitePrompts:
 
     @property
     def file_name(self) -> str:
+        """Letters, digits, `_`, `.` and `-` alone; whatever else stands between them is one `_`."""
         return re.sub(r"[^\w.-]+", "_", self.name).strip("_")
 
     @property
     def notes(self) -> list[str]:
+        """Those of the prompts, in terms of the command's options."""
         return [_in_options(note) for note in self.prompts.notes]
 
 

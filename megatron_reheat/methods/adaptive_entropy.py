@@ -23,7 +23,11 @@ from megatron_reheat.types import Scores, TrainBatch
 
 
 class AdaptiveEntropy(GRPO):
+    """GRPO with an `entropy_coef` that is chosen anew each step; c begins as `rl.entropy_coef`."""
+
     class Options(Section):
+        """Target and delta are the paper's; the bounds are those of c, whatever is applied."""
+
         target: float = Field(default=0.2, gt=0, description="nats; the bonus is there at or below it only")
         delta: float = Field(default=0.005, gt=0, description="what the coefficient moves by each step")
         coef_min: float = Field(default=0.0, ge=0, description="the coefficient falls no further")

@@ -35,7 +35,11 @@ COLLAPSED_BELOW = 1e-6
 
 
 class AVSPO(GRPO):
+    """GRPO but for the advantages of groups whose rewards are all equal, in steps where the ACR is above tau."""
+
     class Options(Section):
+        """Of tau, which a run that is resumed takes from its checkpoint."""
+
         threshold: float = Field(default=0.5, ge=0, le=1, description="tau at the start")
         threshold_rate: float = Field(default=0.01, ge=0, le=1, description="eta, how fast tau follows the ACR")
 
@@ -104,6 +108,7 @@ class AVSPO(GRPO):
 
 
 def is_collapsed(rewards: Sequence[float]) -> bool:
+    """Whether a group's rewards are all equal, up to a deviation of COLLAPSED_BELOW."""
     return statistics.pstdev(rewards) < COLLAPSED_BELOW
 
 

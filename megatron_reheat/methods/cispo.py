@@ -23,6 +23,8 @@ class CISPO(GRPO):
     """`rl.clip_low`, `rl.clip_high` and `rl.dual_clip` are PPO's, and are not read."""
 
     class Options(Section):
+        """Defaults are ScaleRL's."""
+
         eps_low: float = Field(default=1.0, gt=0, le=1, description="the weight is at least 1 - eps_low; 1: no bound")
         eps_high: float = Field(default=4.0, gt=0, description="the weight is at most 1 + eps_high")
 

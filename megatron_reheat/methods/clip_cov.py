@@ -22,7 +22,11 @@ from megatron_reheat.types import At, Collected, FloatArray, TrainBatch
 
 
 class ClipCov(CovarianceMethod):
+    """GRPO's loss without the chosen tokens; they are drawn by `At.seed`, the same on every rank."""
+
     class Options(Section):
+        """Defaults are the paper's, for advantages normalised by the group's deviation."""
+
         fraction: float = Field(
             default=2e-4, gt=0, le=1, description="r: tokens without a gradient, of all; at least one"
         )

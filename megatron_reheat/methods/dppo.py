@@ -30,6 +30,8 @@ class DPPO(GRPO):
     """`rl.clip_low`, `rl.clip_high` and `rl.dual_clip` are of the ratio, and are not read."""
 
     class Options(Section):
+        """A bound that is left empty is that of `DELTAS`."""
+
         divergence: Divergence = Field(default="tv", description="tv: total variation; kl: of two coins")
         delta_low: float | None = Field(default=None, gt=0, description="for A < 0; empty: 0.15 of tv, 0.05 nats of kl")
         delta_high: float | None = Field(default=None, gt=0, description="for A > 0; empty: the same")

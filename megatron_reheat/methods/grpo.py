@@ -71,7 +71,9 @@ class Scoring(Protocol):
     """What a method may ask for once the batch is made; every call is a collective over all ranks. `at` is where the run is."""
 
     @property
-    def at(self) -> At: ...
+    def at(self) -> At:
+        """The step that the batch is of."""
+        ...
 
     def score(self, batch: TrainBatch) -> Scores:
         """One pass of the policy before this step's first update, at the step's temperature."""

@@ -39,6 +39,8 @@ class GSPO(GRPO):
     """`rl.clip_low`, `rl.clip_high` and `rl.dual_clip` are of a token's ratio, and are not read."""
 
     class Options(Section):
+        """Defaults are the paper's (section 5.1)."""
+
         clip_low: float = Field(default=3e-4, gt=0, lt=1, description="the response's ratio is at least 1 - clip_low")
         clip_high: float = Field(default=4e-4, gt=0, description="and at most 1 + clip_high")
 

@@ -29,6 +29,8 @@ class KLCov(CovarianceMethod):
     """`rl.clip_low`, `rl.clip_high` and `rl.dual_clip` are a clip's, and are not read."""
 
     class Options(Section):
+        """Defaults are the paper's for its 32B model; for 7B, its `fraction` is 2e-3."""
+
         fraction: float = Field(default=2e-4, gt=0, le=1, description="k: tokens that are held, of all; at least one")
         beta: float = Field(default=1.0, gt=0, description="of the penalty on |log(pi / pi_old)|")
 

@@ -79,7 +79,11 @@ class _Compared:
 
 
 class OGER(GRPO):
+    """GRPO with a teacher's response in each group whose prompt has one that fits; its `sampler` is `TEACHER`."""
+
     class Options(Section):
+        """`teachers` has no default; the encoder is ours."""
+
         teachers: Teachers = Field(description="files of trajectories, and what joins them to the prompts")
         encoder: str = Field(default=TFIDF, min_length=1, description="tfidf, or the folder of a Hugging Face model")
         scale_uniform_groups: bool = Field(

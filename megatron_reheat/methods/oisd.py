@@ -38,6 +38,8 @@ class OISD(GRPO):
     """
 
     class Options(Section):
+        """tau, c and the choice of queries and keys are ours: the paper does not give them."""
+
         layer: int = Field(default=6, gt=0, description="l, counted from 1; 6 is the paper's for Qwen3-4B and 8B")
         think_coef: float = Field(default=1.0, ge=0, description="of the predictions' term; 0: without")
         think_temperature: float = Field(default=1.0, gt=0, description="tau; divides both predictions' logits")

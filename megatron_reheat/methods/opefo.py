@@ -38,7 +38,11 @@ MEAN_FLOW = "mean_entropy_flow"
 
 
 class OPEFO(GRPO):
+    """GRPO with advantages per token, weighed by one lam for the whole step."""
+
     class Options(Section):
+        """How the entropy's change is predicted."""
+
         variant: Literal["proxy", "exact"] = Field(
             default="proxy",
             description="proxy: the paper's estimate of the entropy's change; exact: that of a tabular softmax",

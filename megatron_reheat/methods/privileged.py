@@ -27,6 +27,8 @@ class Privileged(GRPO):
     """
 
     class Options(Section):
+        """What the teacher is shown."""
+
         hint: HintSource = Field(
             default="sibling",
             description="`{solution}` of data.hint_template. sibling: a correct response of the group; record: its field",

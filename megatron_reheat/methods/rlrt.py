@@ -24,7 +24,11 @@ from megatron_reheat.types import At, Group, HintSource, TrainSequence
 
 
 class RLRT(RLSD):
+    """RLSD with the sign of D turned, for correct samples; the teacher reads no others."""
+
     class Options(RLSD.Options):
+        """Those of RLSD; defaults are for base models."""
+
         hint: HintSource = Field(default="sibling", description=RLSD.Options.model_fields["hint"].description)
         decay_steps: int | None = Field(
             default=None, gt=0, description="RL steps in which lam falls to 0; empty: it stays"

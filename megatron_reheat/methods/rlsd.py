@@ -26,7 +26,11 @@ from megatron_reheat.types import FloatArray, HintSource, Scores, TrainBatch
 
 
 class RLSD(Privileged):
+    """GRPO with advantages per token, [R], for the samples that the teacher reads."""
+
     class Options(Privileged.Options):
+        """Of the teacher and of lam, which falls linearly, or stays."""
+
         hint: HintSource = Field(
             default="record",
             description="`{solution}` of data.hint_template. sibling: a correct response of the group; record: its field",

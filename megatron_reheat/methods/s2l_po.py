@@ -40,6 +40,8 @@ class S2LPO(GRPO):
     off them; where the whole group is the explorer's, that one is measured and not trained on."""
 
     class Options(Section):
+        """Of the explorer, whose folder is `rl.samplers.explorer`."""
+
         mix_steps: int | None = Field(
             default=None, ge=2, description="RL steps until the explorer's share is none; empty: half of run.steps"
         )

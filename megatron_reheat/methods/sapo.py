@@ -22,6 +22,8 @@ class SAPO(GRPO):
     """`rl.clip_low`, `rl.clip_high` and `rl.dual_clip` are a clip's, and are not read."""
 
     class Options(Section):
+        """The larger tau, the sooner a token fades whose ratio leaves 1."""
+
         tau_positive: float = Field(default=1.0, gt=0, description="the gate's temperature for positive advantages")
         tau_negative: float = Field(default=1.05, gt=0, description="and for negative ones")
 

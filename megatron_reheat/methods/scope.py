@@ -37,7 +37,11 @@ AEPO_PROMPT_SHARE = 0.25
 
 
 class SCOPE(GRPO):
+    """GRPO, and samples that steer the entropy (`Collected.extra`); none before a step has measured it."""
+
     class Options(Section):
+        """`alpha` is for `scope` alone, `replaced_rows` for `aepo` alone."""
+
         variant: Literal["scope", "aepo"] = Field(default="scope", description="aepo: the paper's early form")
         target_entropy: float = Field(default=0.5, gt=0, description="H0, nats per token")
         alpha: float = Field(

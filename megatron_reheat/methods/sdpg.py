@@ -41,6 +41,8 @@ class SDPG(Privileged):
     """
 
     class Options(Privileged.Options):
+        """`beta` to `gate` are the distillation's, `alpha` and `anchor` the anchor's."""
+
         beta: float = Field(default=1e-3, gt=0, description="of the distillation, at its highest")
         warmup_steps: int = Field(default=50, ge=0, description="RL steps in which beta rises from 0; 0: none")
         decay_steps: int = Field(default=350, ge=0, description="RL steps in which it falls to 0 at the end; 0: none")

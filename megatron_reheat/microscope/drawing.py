@@ -35,6 +35,8 @@ class View:
 
 @dataclass(frozen=True)
 class Panel:
+    """One of the page's pictures, with its title."""
+
     title: str
     picture: Picture
 
@@ -54,11 +56,13 @@ def draw_comparison(comparison: Comparison) -> bytes:
 
 
 def draw_panels(comparison: Comparison) -> list[Panel]:
+    """Each by itself, in light and in dark, in the order of PANELS."""
     views = [View(comparison, theme) for theme in (LIGHT, DARK)]
     return [Panel(*draw_alone(draw, views, PANEL_INCHES)) for draw in PANELS]
 
 
 def draw_entropy_histogram(ax: Axes, view: View) -> None:
+    """A's and B's, with counts on a logarithmic axis."""
     histogram = view.comparison.tokens.entropy
     for name, counts, colour in zip("AB", (histogram.a, histogram.b), view.colours, strict=True):
         ax.stairs(counts, histogram.edges, color=colour, linewidth=1.7, label=name)
@@ -72,6 +76,7 @@ def draw_entropy_histogram(ax: Axes, view: View) -> None:
 
 
 def draw_kl_by_position(ax: Axes, view: View) -> None:
+    """Both directions; on a logarithmic axis unless the policies agree everywhere."""
     _by_position(ax, view, [("KL(A || B)", "kl_ab"), ("KL(B || A)", "kl_ba")], view.colours)
     # a policy against itself has nothing that a logarithm could show
     if any(each.means.kl_ab > 0 for each in view.comparison.tokens.positions):
@@ -81,17 +86,20 @@ def draw_kl_by_position(ax: Axes, view: View) -> None:
 
 
 def draw_overlap(ax: Axes, view: View) -> None:
+    """Means of the share of the ten likeliest tokens that both have."""
     _by_position(ax, view, [("", "overlap")], (view.theme.arms[2],))
     ax.set(title="Top-10 overlap by position", ylabel="share", ylim=(0, 1.04))
 
 
 def draw_entropy_by_position(ax: Axes, view: View) -> None:
+    """Means of A and B."""
     _by_position(ax, view, [("A", "entropy_a"), ("B", "entropy_b")], view.colours)
     top = max(max(each.means.entropy_a, each.means.entropy_b) for each in view.comparison.tokens.positions)
     ax.set(title="Entropy by position", ylabel="nats", ylim=(0, 1.08 * top or 1.0))
 
 
 def draw_cka(ax: Axes, view: View) -> None:
+    """Block by block; says why where there is none."""
     cka = view.comparison.cka
     if cka is None:
         _say_empty(ax, view, "Linear CKA", "the models have different numbers of layers,\nor --cka-tokens is 0")
@@ -107,6 +115,7 @@ def draw_cka(ax: Axes, view: View) -> None:
 
 
 def draw_displacement(ax: Axes, view: View) -> None:
+    """Block by block, relative to |A|; where there is a C, the cosines with C - A have an axis of their own."""
     blocks = [block for block in view.comparison.displacement or () if block.block != OVERALL]
     if not blocks:
         _say_empty(ax, view, "Weight displacement", "the models' weights have different shapes")

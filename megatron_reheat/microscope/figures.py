@@ -18,6 +18,8 @@ HISTOGRAM_BINS = 40
 
 @dataclass(frozen=True)
 class Quantiles:
+    """Values that tokens have (nearest rank)."""
+
     median: float
     q90: float
     q99: float
@@ -44,6 +46,7 @@ class Means:
 
     @classmethod
     def of(cls, tokens: TokenFigures) -> Means:
+        """Over all of `tokens`, taken in float64."""
         means = {name: _mean(values) for name, values in tokens._asdict().items()}
         firsts = (_mean(ranks == 1) for ranks in (tokens.rank_a, tokens.rank_b))
         return cls(len(tokens.kl_ab), **means, **dict(zip(("first_a", "first_b"), firsts, strict=True)))

@@ -20,12 +20,15 @@ COMMAND = "reheat compare"  # by which compare.json is known as ours
 
 @dataclass(frozen=True)
 class ComparePaths:
+    """The files of a comparison."""
+
     json: Path
     png: Path
     html: Path
 
     @classmethod
     def under(cls, folder: Path) -> ComparePaths:
+        """As they are called in `folder`, whether they exist or not."""
         return cls(*(folder / f"compare.{kind}" for kind in ("json", "png", "html")))
 
 

@@ -34,6 +34,7 @@ def reading(block: str, cka: float | None) -> str:
 
 
 def columns(tokens: TokenSummary) -> dict[str, Means]:
+    """By title; without the rest where all tokens are forking ones."""
     parts = {"all tokens": tokens.all, "forking": tokens.forking, "rest": tokens.rest}
     return {name: means for name, means in parts.items() if means is not None}
 
@@ -46,6 +47,7 @@ def blocks(comparison: Comparison) -> list[tuple[str, float | None, BlockDisplac
 
 
 def print_comparison(comparison: Comparison) -> None:
+    """On stdout, in WIDTH columns at most; names, counts and notes may be longer."""
     console = Console(markup=False, highlight=False)
     console.width = min(console.width, WIDTH)
     named = {"A": comparison.a, "B": comparison.b, "C": comparison.reference}

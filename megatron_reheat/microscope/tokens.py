@@ -36,6 +36,7 @@ class TokenFigures(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Iterable[TokenFigures]) -> TokenFigures:
+        """Of all the tokens, in order; there has to be one part at least."""
         return cls(*map(torch.cat, zip(*parts, strict=True)))
 
     def at(self, tokens: Tensor) -> TokenFigures:

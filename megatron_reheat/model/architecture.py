@@ -31,6 +31,7 @@ class Architecture:
 
     @classmethod
     def from_hf(cls, hf: Any) -> Architecture:
+        """Of a transformers configuration, as `read_hf_config` lets it pass."""
         return cls(
             hidden_size=hf.hidden_size,
             intermediate_size=hf.intermediate_size,
@@ -47,6 +48,7 @@ class Architecture:
 
     @property
     def query_width(self) -> int:
+        """Numbers in a token's queries, of all heads and not split."""
         return self.num_attention_heads * self.head_dim
 
     @property
@@ -85,10 +87,12 @@ class Architecture:
 
     @property
     def num_parameters(self) -> int:
+        """Of the whole model, without padding; a tied embedding counts once."""
         layers = self.num_hidden_layers * (self.matrix_parameters + self.vector_parameters)
         return layers + (1 if self.tie_word_embeddings else 2) * self.head_parameters + self.hidden_size
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
+        """Keys and values in all layers, not split by tensor parallelism."""
         return 2 * self.num_hidden_layers * self.kv_width * bytes_per_value
 
 

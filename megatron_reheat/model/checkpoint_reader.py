@@ -36,6 +36,7 @@ class CheckpointReader:
         self.shapes = {name: tuple(entry.size) for name, entry in self._stored.items()}
 
     def dtype(self, name: str) -> torch.dtype:
+        """As it is stored."""
         return self._stored[name].properties.dtype
 
     def read(self, name: str, start: int, stop: int) -> Tensor:

@@ -84,6 +84,7 @@ class HFExport:
 
     @property
     def num_parameters(self) -> int:
+        """In the Hugging Face model, without the vocabulary's padding; a tied head counts once."""
         return sum(torch.Size(shape).numel() for shape in self._shapes.values())
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -173,6 +174,7 @@ class Reference:
 
     @property
     def tolerance(self) -> float:
+        """How much a logit may differ: LOGIT_TOLERANCE, times the largest logit where that exceeds 1."""
         return LOGIT_TOLERANCE * max(1.0, *(logits.abs().max().item() for logits in self.logits))
 
     def logprobs(self, index: int) -> Tensor:

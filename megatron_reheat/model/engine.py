@@ -56,6 +56,7 @@ class UpdateResult:
 
     @property
     def metrics(self) -> dict[str, float]:
+        """By name, the same on every rank."""
         return self.sums.reduced()
 
 
@@ -252,6 +253,7 @@ class Engine:
     def microbatches(
         self, batch: TrainBatch, aggregation: Aggregation = "token_mean", beside: Sequence[TrainBatch] = ()
     ) -> list[MicroBatch]:
+        """This rank's share of `batch` on its device, cut as those `beside` it are; see `make_microbatches`."""
         parallel = self.config.parallel
         return make_microbatches(
             batch,

@@ -35,6 +35,7 @@ class OutputHead:
 
     @property
     def is_fused(self) -> bool:
+        """Whether the output is hidden states, to which the head is applied here."""
         return self.config.model.fused_head
 
     def hidden(self, output: Tensor) -> Tensor:

@@ -55,10 +55,12 @@ ROPE_SETTINGS: dict[str, frozenset[str]] = {
 
 
 def family_of(hf: Any) -> Family:
+    """Of a configuration that `read_hf_config` let pass."""
     return FAMILIES[hf.model_type]
 
 
 def head_dim(hf: Any) -> int:
+    """Channels of one head; hidden_size over the number of heads where the configuration does not say."""
     return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
 
 

@@ -49,6 +49,7 @@ class HFReader:
             )
 
     def names(self) -> set[str]:
+        """Of the tensors in all files."""
         return set(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:

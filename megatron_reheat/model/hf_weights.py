@@ -69,6 +69,7 @@ class AttentionShape:
 
     @classmethod
     def of(cls, model: GPTModel) -> AttentionShape:
+        """Not this rank's share: Megatron's configuration has the numbers of the whole model."""
         c = model.config
         return cls(c.num_attention_heads, c.num_query_groups, c.kv_channels)
 
@@ -85,6 +86,7 @@ class ParameterPlan:
 
     @property
     def num_bytes(self) -> int:
+        """Of the shard."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 

@@ -74,6 +74,7 @@ class PackedSequences(PackedSeqParams):
 
     @cached_property
     def classes(self) -> list[LengthClass]:
+        """Made once; on a GPU that waits for what is queued, because the borders are read on the host."""
         return list(length_classes(self.cu_seqlens_q.tolist(), self.cu_seqlens_q.device))
 
     @cached_property

@@ -49,6 +49,7 @@ class Attention:
         self.queries, self.keys, self.group = queries, keys, group
 
     def detached(self) -> Attention:
+        """The same tensors without gradient."""
         return Attention(self.queries.detach(), self.keys.detach(), self.group)
 
     def js_to(self, other: Attention, positions: Positions) -> Tensor:

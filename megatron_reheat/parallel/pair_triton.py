@@ -18,6 +18,7 @@ if triton is not None:
 
 
 def supports(logits: Tensor, others: Tensor) -> bool:
+    """Whether Triton takes both; they need not have the same dtype."""
     return vocab_triton.supports(logits) and vocab_triton.supports(others)
 
 

@@ -44,6 +44,7 @@ class Topology:
 
     @property
     def is_main(self) -> bool:
+        """Whether this rank writes the run's log."""
         return self.rank == 0
 
     @property
@@ -53,10 +54,12 @@ class Topology:
 
     @property
     def is_first_stage(self) -> bool:
+        """Whether its part of the pipeline begins with the embedding."""
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether its part of the pipeline ends with the head, where losses are made."""
         return self.pipeline_rank == self.pipeline_size - 1
 
     def share_from_leaders(self, mine: T | None, error: str | None = None) -> list[T]:
@@ -99,6 +102,7 @@ class Topology:
         return bool(value.item())
 
     def barrier(self) -> None:
+        """Returns when every rank of the run has come here."""
         dist.barrier()
 
 

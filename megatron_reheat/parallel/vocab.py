@@ -93,6 +93,7 @@ class Question:
         return RowCoefficients(entropy=first * (1.0 - 1.0 / self.temperature))
 
     def mark(self, ctx: Any, answers: tuple[Tensor, ...]) -> None:
+        """Tells autograd, in the forward pass, which of the answers carry gradient."""
         ctx.set_materialize_grads(False)  # an answer nobody uses costs nothing in backward
         if self.what != "logprobs":
             ctx.mark_non_differentiable(*answers[1:])
@@ -186,6 +187,7 @@ class Vocabulary(ABC):
         self._num_readers += torch.is_grad_enabled()
 
     def has_been_read(self) -> None:
+        """Said in the backward pass that `will_be_read` announced."""
         self._num_readers -= 1
 
     @property
@@ -195,6 +197,7 @@ class Vocabulary(ABC):
 
     @property
     def first_column(self) -> int:
+        """Global token id of this shard's first column."""
         return self.num_columns * (0 if self.group is None else dist.get_rank(self.group))
 
     @property

@@ -187,6 +187,7 @@ def _shifted(logits: Tensor, maximum: Tensor) -> Tensor:
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
+    """Of the arithmetic and of answers: float64 for float64 logits, float32 for all others."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
@@ -229,4 +230,5 @@ def row_blocks(logits: Tensor, compiled: bool) -> list[slice]:
 
 
 def chunks(count: int, size: int) -> list[slice]:
+    """0 to `count` cut into slices of `size`, the last of which may be shorter."""
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]

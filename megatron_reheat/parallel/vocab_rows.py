@@ -24,6 +24,7 @@ class RowScalars:
     target: Tensor  # z_y - m
 
     def rows(self, rows: slice) -> RowScalars:
+        """Views of those of some tokens."""
         return RowScalars(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
@@ -36,6 +37,7 @@ class RowCoefficients:
     contrast: Tensor | None = None
 
     def rows(self, rows: slice) -> RowCoefficients:
+        """Views of those of some tokens; what is absent stays so."""
         return RowCoefficients(*(None if c is None else c[rows] for c in (self.target, self.entropy, self.contrast)))
 
 
@@ -56,6 +58,7 @@ class PairScalars:
         return PairScalars(self.other_maximum, self.other_log_sum, *own, self.maximum, torch.zeros_like(self.center))
 
     def rows(self, rows: slice) -> PairScalars:
+        """Views of those of some tokens."""
         return PairScalars(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 

@@ -40,11 +40,15 @@ class Clock:
 
 @dataclass(frozen=True)
 class Ratio:
+    """Two or more answers with colons between them."""
+
     parts: tuple[Answer, ...]
 
 
 @dataclass(frozen=True)
 class Residue:
+    """A value modulo `modulus`, which is text."""
+
     value: Answer
     modulus: str
 
@@ -60,6 +64,8 @@ class Group:
 
 @dataclass(frozen=True)
 class NamedSet:
+    """A set of numbers by its letter, of R, Z, N, Q and C."""
+
     letter: str
 
 
@@ -81,6 +87,7 @@ class Relation:
 
     @property
     def is_equation(self) -> bool:
+        """Whether no sign orders or excludes; approximate equality counts as equality."""
         return all(sign in "=\\approx" for sign in self.signs)
 
 

@@ -24,6 +24,7 @@ _CURRENCIES = {r"\$": "dollars", "€": "euros", "£": "gbp", "¥": "yen", r"\po
 
 
 def word_set(text: str) -> frozenset[str]:
+    """The words of `text`, which white space separates."""
     return frozenset(text.split())
 
 

@@ -92,6 +92,7 @@ class VerifierPool:
 
     @property
     def worker_pids(self) -> list[int]:
+        """Of the workers that are kept now, not of their graders; empty before the first `grade`."""
         return [worker.pid for worker in self._workers]
 
     def close(self) -> None:

@@ -59,6 +59,7 @@ class Supervisor:
         gc.freeze()  # a collection in a grader would copy every page that it shares with this process
 
     def serve(self) -> None:
+        """Answers chunks until the pool or the lifeline is closed; the grader is ended on the way out."""
         waiting = select.poll()
         waiting.register(self._lifeline, 0)
         waiting.register(self._pool.fileno(), select.POLLIN)

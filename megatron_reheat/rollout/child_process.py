@@ -41,6 +41,7 @@ class ChildProcess(ModuleProcess):
         return self._next_id
 
     def send_settings(self, settings: Any, timeout_s: float) -> None:
+        """The first message, without an id: the child answers it as it would request 0. Raises as `send`."""
         self._send_object(settings, "start", timeout_s)
 
     def call(self, operation: str, *arguments: Any, timeout_s: float, timeout_key: str) -> Any:

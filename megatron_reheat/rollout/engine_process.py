@@ -25,6 +25,7 @@ EXIT_UNREPAIRABLE = 3
 
 
 def main() -> int:
+    """Serves until the trainer says exit or is gone; returns the exit code (EXIT_UNREPAIRABLE: vLLM is of no use)."""
     socket_fd, parent_pid, cores = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     die_with_parent(parent_pid, "trainer")
     # the trainer holds SIGTERM and so did this process from its start; processes of vLLM are ended by it

@@ -46,13 +46,16 @@ class ModuleProcess:
 
     @property
     def pid(self) -> int:
+        """Also that of its session and process group."""
         return self._process.pid
 
     @property
     def alive(self) -> bool:
+        """False as soon as it has ended, for whatever reason."""
         return self._process.poll() is None
 
     def kill(self) -> None:
+        """Ends it alone, not what it has started, and waits for it."""
         self._process.kill()
         self._process.wait()
 

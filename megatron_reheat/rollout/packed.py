@@ -49,6 +49,7 @@ def read_tensor(block: torch.Tensor, entry: Entry) -> torch.Tensor:
 
 
 def aligned(num_bytes: int) -> int:
+    """The next multiple of ALIGNMENT."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 

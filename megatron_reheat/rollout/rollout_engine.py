@@ -73,7 +73,9 @@ class RolloutEngine(Protocol):
         """Gives accelerator memory back; a weight sync must follow `wake` if weights were dropped."""
         ...
 
-    def wake(self) -> None: ...
+    def wake(self) -> None:
+        """Takes back the memory that `sleep` gave away; nothing where the engine is awake."""
+        ...
 
     def close(self) -> None:
         """Ends the engine; safe to call twice."""

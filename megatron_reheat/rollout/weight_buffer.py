@@ -38,12 +38,18 @@ class SendBuffer(Protocol):
     """The sender's end."""
 
     @property
-    def capacity(self) -> int: ...
+    def capacity(self) -> int:
+        """Bytes."""
+        ...
 
     @property
-    def source(self) -> Source: ...
+    def source(self) -> Source:
+        """What the other end opens it by; another one after `grow`."""
+        ...
 
-    def write(self, name: str, tensor: torch.Tensor, offset: int, verify: bool) -> Entry: ...
+    def write(self, name: str, tensor: torch.Tensor, offset: int, verify: bool) -> Entry:
+        """Copies `tensor` to byte `offset`; `verify` adds the digest of what it was copied from (`write_tensor`)."""
+        ...
 
     def flush(self) -> None:
         """Returns when everything written can be read by the other end."""
@@ -53,7 +59,9 @@ class SendBuffer(Protocol):
         """The contents are lost; the engine must be given the new `source`."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Lets go of the memory; safe to call twice."""
+        ...
 
 
 class HostBuffer:

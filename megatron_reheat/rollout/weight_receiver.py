@@ -26,6 +26,7 @@ class WeightReceiver:
     _reheat_buffer: OpenBuffer | None = None
 
     def reheat_begin(self, source: Source) -> None:
+        """Starts a sync through the buffer, which stays open for the syncs to come."""
         if self._reheat_buffer is None:
             path = self.vllm_config.model_config.model
             self._reheat_loader = WeightLoader(self.model_runner.get_model(), self.vllm_config, path)
@@ -33,6 +34,7 @@ class WeightReceiver:
         self._reheat_open(source)
 
     def reheat_load(self, entries: Sequence[Entry]) -> None:
+        """Loads this worker's part; wrong names, shapes and digests are told by `reheat_commit`."""
         assert self._reheat_buffer is not None
         self._reheat_loader.load([(entry, self._reheat_buffer.read(entry)) for entry in entries])
 

@@ -43,6 +43,7 @@ class SampleRequest:
 
     @classmethod
     def pack(cls, prompts: Sequence[TokenArray], params: SamplingParams, n: int, seed: int) -> SampleRequest:
+        """At least one prompt; `seed` is 0 or more, however large."""
         # hashed, so that calls with seed and seed + 1 share no streams though each call uses P x n consecutive ones
         base_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         return cls(
@@ -57,6 +58,7 @@ class SampleRequest:
         )
 
     def prompts(self) -> list[list[int]]:
+        """Token ids, one list a prompt."""
         return [p.tolist() for p in _split(self.token_ids, self.lengths)]
 
 
@@ -71,6 +73,7 @@ class SampleReply:
     policy_version: int
 
     def unpack(self, n: int, sampling_temperature: float) -> list[list[Completion]]:
+        """[P][n], in the order of the prompts."""
         tokens = _split(self.token_ids, self.lengths)
         logprobs = _split(self.logprobs, self.lengths)
         completions = [

@@ -22,6 +22,8 @@ from megatron_reheat.config import ControllerConfig
 
 
 class Verdict(StrEnum):
+    """Of RL one of the first five; of reheating CONTINUE or one of the last four, which lead back to RL."""
+
     CONTINUE = "continue"
     ENTER_REHEAT = "enter_reheat"
     RAISE_TEMPERATURE = "raise_temperature"
@@ -49,6 +51,7 @@ class ControllerState:
     stopped: bool = False
 
     def to_json(self) -> dict[str, Any]:
+        """As a checkpoint keeps it: the fields by name."""
         return asdict(self)
 
 

@@ -107,6 +107,7 @@ class Sampler:
         return order
 
     def finish(self, order: Order, clock: Clock) -> list[Group]:
+        """Waits for what `begin` started; returns and raises what `sample` does."""
         prompts = order.prompts
         with clock.phase("rollout"):
             shares = self._sample_with_restarts(order)

@@ -128,6 +128,13 @@ class Helpers:
         self._own_functions = config.reward.kind == "function"
 
     def check_references(self, inputs: Inputs) -> ReferenceCheck | None:
+        """Grades the references of all data against themselves; None where that was not done.
+
+        Reward functions are tried instead. Ranks without verifiers do neither.
+
+        Raises:
+            ConfigError: a reward function fails on an empty response.
+        """
         if self.verifiers is None:
             return None
         data = (inputs.prompts, *inputs.held_out.values())

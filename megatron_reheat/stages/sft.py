@@ -18,6 +18,8 @@ from megatron_reheat.types import At, Prompt, TrainBatch, TrainSequence
 
 
 class SFTStage:
+    """An update on the worked answers of `sft.batch_size` prompts each step; nothing is sampled."""
+
     def __init__(
         self, config: Config, policy: Policy, cursor: PromptCursor, encode: Callable[[str], list[int]]
     ) -> None:

@@ -58,6 +58,11 @@ class ServerClient:
         self._timeout_s = timeout_s
 
     async def describe(self) -> ServerInfo:
+        """What it says of itself, by four routes that are asked at once.
+
+        Raises:
+            ConfigError: it does not say what vLLM's servers say.
+        """
         version, models, world, info = await asyncio.gather(
             self.request("GET", "version"),
             self.request("GET", "v1/models"),
@@ -80,6 +85,7 @@ class ServerClient:
             raise self._stranger(f"what it says of itself lacks {error}") from None
 
     async def is_ready(self) -> bool:
+        """Whether /health is answered with 200, within ANSWER_WAIT_S."""
         return await self._is_ok("GET", "health")
 
     async def answers(self) -> bool:
@@ -149,9 +155,15 @@ class ServerClient:
         )
 
     async def post(self, route: str, body: Any = None) -> Any:
+        """See `request`."""
         return await self.request("POST", route, body)
 
     async def request(self, method: str, route: str, body: Any = None) -> Any:
+        """What the answer holds as JSON, None where it is empty; `body` goes as JSON, too, and none where it is None.
+
+        Raises:
+            ConfigError: the server asks for another token, or its answer is not JSON.
+        """
         timeout = aiohttp.ClientTimeout(total=self._timeout_s)
         try:
             async with self._session.request(
@@ -185,9 +197,11 @@ class Network:
         self._session = self.run(_open_session(token))
 
     def client(self, url: str, timeout_s: float) -> ServerClient:
+        """`timeout_s` is for each request as a whole."""
         return ServerClient(url, self._session, timeout_s)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Waits for `work` and returns its result; not to be called on the loop's own thread."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
@@ -195,6 +209,7 @@ class Network:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def close(self) -> None:
+        """Cancels what is under way and ends the thread; safe to call twice."""
         if self._loop.is_running():
             self.run(self._give_up())
             self._loop.call_soon_threadsafe(self._loop.stop)

@@ -176,6 +176,7 @@ class ServerFleet:
 
 
 def new_label() -> str:
+    """12 random hexadecimal digits."""
     return uuid.uuid4().hex[:12]
 
 

@@ -42,6 +42,8 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
 
 
 class GlooWeightTransfer(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
+    """One worker's end: a member of the trainer's group from `init_transfer_engine` until `shutdown`."""
+
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
 

@@ -55,6 +55,7 @@ class Keeper:
                 server.look()
 
     def end(self) -> None:
+        """Ends all servers at once and returns when they have ended."""
         self._network.close()
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda server: server.process.end(), self._servers))

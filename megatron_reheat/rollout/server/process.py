@@ -114,6 +114,7 @@ class ServerProcess(ModuleProcess):
         return EngineDied(f"the vLLM server on port {self.port} {how or self.fate}{self._log_tail()}")
 
     def ask_to_end(self) -> None:
+        """By SIGTERM to the guardian; returns at once."""
         if self.alive:
             self._process.terminate()
 

@@ -34,7 +34,9 @@ class WeightSender(Protocol):
     can_retry: bool
 
     @property
-    def last_info(self) -> dict[str, Any] | None: ...
+    def last_info(self) -> dict[str, Any] | None:
+        """See the class; None where it is told nothing."""
+        ...
 
     def init_info(self, rank_offset: int) -> dict[str, Any]:
         """What a server's `/init_weight_transfer_engine` is told; its workers become ranks `rank_offset` and up."""

@@ -130,6 +130,7 @@ class Servers:
         return self.network.start(post_all())
 
     def close(self) -> None:
+        """Ends the servers of ours and leaves those of others running."""
         self.network.close()
         for process in self._processes.values():
             process.ask_to_end()

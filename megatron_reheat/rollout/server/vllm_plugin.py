@@ -9,6 +9,7 @@ GLOO_BACKEND = "reheat_gloo"
 
 
 def register() -> None:
+    """Under GLOO_BACKEND; the engine's module is imported when vLLM makes one."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if GLOO_BACKEND not in WeightTransferEngineFactory._registry:  # there is no public question, and twice is an error

@@ -161,10 +161,12 @@ class ServerWeights:
 
 
 def lost_weights(client: ServerClient) -> EngineDied:
+    """For a server that has to be sent this run's weights again."""
     return EngineDied(f"vLLM server {client.url} was started again and has lost its weights")
 
 
 def other_weights(labels: Sequence[str], expected: str | None) -> WeightSyncError:
+    """For servers with the weights `labels`, which are not ours to replace."""
     return WeightSyncError(
         f"a server holds weights {sorted(labels)} instead of {expected}: another run, or somebody, changed them; give every "
         "run servers of its own"
