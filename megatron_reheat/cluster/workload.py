@@ -58,7 +58,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's sequences on one replica, and how they are cut. `minibatches` is the number of optimizer steps."""
+    """One step's sequences on all replicas, and how they are cut. `minibatches` is the number of optimizer steps."""
 
     prompts: int
     group_size: int

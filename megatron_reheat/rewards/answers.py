@@ -88,7 +88,7 @@ class Relation:
     @property
     def is_equation(self) -> bool:
         """Whether no sign orders or excludes; approximate equality counts as equality."""
-        return all(sign in "=\\approx" for sign in self.signs)
+        return all(sign in ("=", "\\approx") for sign in self.signs)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class WorkerSettings:
 
 @dataclass(frozen=True)
 class WorkerReady:
-    """First message of an engine process. `at` is the wall clock (s since the epoch) at which it was ready."""
+    """First message of an engine process. `at` is when it was ready, by the machine's monotonic clock (s)."""
 
     vocab_size: int
     max_model_len: int
