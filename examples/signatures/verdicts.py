@@ -70,6 +70,10 @@ def _all(verdicts: Sequence[Verdict]) -> Verdict:
     return kinds.pop() if len(kinds) == 1 else Verdict.PARTLY
 
 
+def _in_all(count: int, seeds: Sequence[Measurements]) -> Verdict:
+    return Verdict.YES if count == len(seeds) else Verdict.PARTLY if count else Verdict.NO
+
+
 def _mirrored(mean: Mean) -> Mean:
     return Mean(-mean.value, mean.half)
 
@@ -88,19 +92,19 @@ def _collapse(seeds: list[Measurements]) -> Signature:
 
 
 def _target(seeds: list[Measurements]) -> Signature:
-    reached = sum(m.target_step is not None for m in seeds)
+    steps = [m.target_step for m in seeds if m.target_step is not None]
     parts, verdicts = [], []
     for top_p, name in (("0.7", "avg at top-p 0.7"), ("1.0", "at 1.0")):
         change = _of(seeds, lambda m, p=top_p: m.reheated[p].avg - m.before[p].avg)
         parts.append(f"{name} {_signed(change)}")
         unharmed = Verdict.OPEN if math.isinf(change.half) else Verdict.YES if change.high >= 0 else Verdict.NO
         verdicts.append(unharmed)
-    verdicts.append(Verdict.YES if reached == len(seeds) else Verdict.NO if not reached else Verdict.PARTLY)
-    steps = _of(seeds, lambda m: math.nan if m.target_step is None else m.target_step)
+    verdicts.append(_in_all(len(steps), seeds))
+    took = f" ({Mean.of(steps).show(0)} steps)" if steps else ""
     return Signature(
         "b: the target is reached, the answers stay right",
         "6 to 15 steps; avg@8 within noise",
-        f"reached in {reached} of {len(seeds)} seeds ({steps.show(0)} steps); {', '.join(parts)}",
+        f"reached in {len(steps)} of {len(seeds)} seeds{took}; {', '.join(parts)}",
         _all(verdicts),
     )
 
@@ -137,13 +141,12 @@ def _runaway(seeds: list[Measurements]) -> Signature:
     growth = _of(seeds, lambda m: m.uncollapsed[-1] / m.uncollapsed[0])
     collapsed = _of(seeds, lambda m: m.entropies[FIRST][-1] / m.entropies[FIRST][0])
     stopped = sum(m.guard_rolled_back for m in seeds)
-    guard = Verdict.YES if stopped == len(seeds) else Verdict.NO if not stopped else Verdict.PARTLY
     return Signature(
         "e: on a policy that has not collapsed it runs away, and the guard stops it",
         "0.8 to more than 7 nats in 17 steps",
-        f"entropy {growth.show(1)} times in {seeds[0].steps} steps (collapsed: {collapsed.show(1)}); the guard stopped and undid "
-        f"it in {stopped} of {len(seeds)} seeds",
-        _all([_is_above(growth, RUN_AWAY), guard]),
+        f"entropy {growth.show(1)} times in {seeds[0].steps} steps (collapsed: {collapsed.show(1)}); the guard undid it in "
+        f"{stopped} of {len(seeds)} seeds",
+        _all([_is_above(growth, RUN_AWAY), _in_all(stopped, seeds)]),
     )
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megatron_reheat.microscope.cka import linear_cka
 from megatron_reheat.microscope.figures import TokenSummary, positions_of, summarize
-from megatron_reheat.microscope.policy import Policy, States, reading_names, release_memory
 from megatron_reheat.microscope.probe import Probe, ProbeSequence
+from megatron_reheat.microscope.states import StateReader, States, reading_names, release_memory
 from megatron_reheat.microscope.tokens import TokenFigures, compare_tokens
 
 BATCH_TOKENS = 4096  # that a model reads at a time, padding included
@@ -43,26 +43,26 @@ def measure(a: Path, b: Path, probe: Probe, cka_tokens: int, say: Callable[[str]
         chosen = list(_by_sequence(probe, everywhere))
 
     say("running A")
-    policy = Policy(a)
-    head = policy.head.cpu()
+    reader = StateReader(a)
+    head = reader.head.cpu()
     finals, layers_a = [], []
-    for states in _states(policy, probe, chosen):
+    for states in _states(reader, probe, chosen):
         # a copy of these rows alone, where they are a view of the whole batch
         finals.append(states.final.to("cpu", copy=True))
         layers_a.append([layer.cpu() for layer in states.layers])
-    del policy
+    del reader
     release_memory()
 
     say("running B")
-    policy = Policy(b)
+    reader = StateReader(b)
     parts, layers_b = [], []
-    head = head.to(policy.device)
-    for i, states in enumerate(_states(policy, probe, chosen)):
-        targets = torch.tensor(probe.sequences[i].response, device=policy.device)
-        parts.append(compare_tokens(finals[i].to(policy.device), head, states.final, policy.head, targets))
+    head = head.to(reader.device)
+    for i, states in enumerate(_states(reader, probe, chosen)):
+        targets = torch.tensor(probe.sequences[i].response, device=reader.device)
+        parts.append(compare_tokens(finals[i].to(reader.device), head, states.final, reader.head, targets))
         layers_b.append([layer.cpu() for layer in states.layers])
-    device = policy.device
-    del policy, head
+    device = reader.device
+    del reader, head
     release_memory()
 
     lengths = [len(sequence.response) for sequence in probe.sequences]
@@ -82,10 +82,10 @@ def _by_sequence(probe: Probe, tokens: Tensor) -> Iterator[Tensor]:
         start = end
 
 
-def _states(policy: Policy, probe: Probe, chosen: Sequence[Tensor]) -> Iterator[States]:
+def _states(reader: StateReader, probe: Probe, chosen: Sequence[Tensor]) -> Iterator[States]:
     """Of one sequence after the other."""
     for batch in _batches(probe.sequences):
-        yield from policy.states(probe.sequences[batch], chosen[batch])
+        yield from reader.states(probe.sequences[batch], chosen[batch])
 
 
 def _batches(sequences: Sequence[ProbeSequence]) -> Iterator[slice]:

@@ -24,10 +24,10 @@ from megatron_reheat.config import Config
 from megatron_reheat.metrics import MetricSums
 from megatron_reheat.model.architecture import Architecture
 from megatron_reheat.model.backend import choose_backend
-from megatron_reheat.model.evaluations import ChunkedLoss, Evaluated, OutputHead, Scored, Scoring, ViewStates, WholeLoss
 from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import HFExporter, load_hf_weights
 from megatron_reheat.model.master_weights import MasterWeights, Snapshot
+from megatron_reheat.model.outputs import ChunkedLoss, Evaluated, OutputHead, Scored, Scoring, ViewStates, WholeLoss
 from megatron_reheat.model.packed_sequences import PackedSequences
 from megatron_reheat.model.provider import build_model, check_layout, read_hf_config
 from megatron_reheat.parallel.attention import AttentionTerm

@@ -19,7 +19,7 @@ from megatron_reheat.large_imports import large_imports
 from megatron_reheat.processes import die_with_parent
 
 if TYPE_CHECKING:
-    from megatron_reheat.rollout.vllm_sampler import Sampler
+    from megatron_reheat.rollout.vllm_sampler import VLLMSampler
 
 EXIT_UNREPAIRABLE = 3
 
@@ -38,11 +38,11 @@ def main() -> int:
 
     with large_imports():
         from megatron_reheat.errors import ReheatError
-        from megatron_reheat.rollout.vllm_sampler import Sampler
+        from megatron_reheat.rollout.vllm_sampler import VLLMSampler
         from megatron_reheat.rollout.wire import WorkerReady
 
     try:
-        sampler = Sampler(connection.recv())
+        sampler = VLLMSampler(connection.recv())
     except ReheatError as error:
         # what the user can act on travels as it is; a death would be answered by a restart that meets the same
         connection.send((0, error))
@@ -51,7 +51,7 @@ def main() -> int:
     return _serve(connection, sampler)
 
 
-def _serve(connection: Connection, sampler: Sampler) -> int:
+def _serve(connection: Connection, sampler: VLLMSampler) -> int:
     """Answers until the trainer says exit or is gone; returns the exit code."""
     load_error: Exception | None = None
     while True:
@@ -82,7 +82,7 @@ def _serve(connection: Connection, sampler: Sampler) -> int:
             connection.send((request_id, answer))
 
 
-def _load(sampler: Sampler, arguments: tuple[Any, ...]) -> Exception | None:
+def _load(sampler: VLLMSampler, arguments: tuple[Any, ...]) -> Exception | None:
     try:
         sampler.operations["load"](*arguments)
     except Exception as error:

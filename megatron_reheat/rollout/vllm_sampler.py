@@ -17,7 +17,7 @@ from megatron_reheat.rollout.weight_buffer import Source
 from megatron_reheat.rollout.wire import SampleReply, SampleRequest, WorkerSettings
 
 
-class Sampler:
+class VLLMSampler:
     """One vLLM engine with dummy weights until the first sync."""
 
     def __init__(self, settings: WorkerSettings) -> None:

@@ -232,7 +232,7 @@ def _all_logits(engine: Any, batch: Any) -> dict[int, Tensor]:
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     from megatron_reheat.metrics import MetricSums
-    from megatron_reheat.model.evaluations import WholeLoss
+    from megatron_reheat.model.outputs import WholeLoss
 
     found: dict[int, Tensor] = {}
 

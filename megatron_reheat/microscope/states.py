@@ -26,7 +26,7 @@ class States(NamedTuple):
     layers: list[Tensor]
 
 
-class Policy:
+class StateReader:
     """The model of a Hugging Face folder that was checked: in bfloat16 on a GPU where there is one, else float32 on the CPU."""
 
     def __init__(self, folder: Path) -> None:
