@@ -14,6 +14,7 @@ from megatron_reheat.types import StageName
 STAGE_STYLES: dict[StageName, str] = {"sft": "blue", "rlvr": "green", "reheat": "bold dark_orange"}
 HEADER_EVERY = 25
 STEP_WIDTH = 12
+FEWEST_LETTERS = 4  # of a suite's name that are worth showing
 
 
 # not a metric: the seconds until the last step, if the steps go on as they did
@@ -100,8 +101,13 @@ class StepConsole:
         row = self._begin("eval", "magenta", step)
         for title, value in values.items():
             if value is not None:
-                row.append(f"   {title} {value:.3f}")
-        return row.append(f"   {suite}") if suite else row
+                row.append(f"  {title} {value:.3f}")
+        if not suite:
+            return row
+        room = self._console.width - len(row) - 2
+        if self._console.is_terminal and len(suite) > room >= FEWEST_LETTERS:
+            suite = f"{suite[: room - 1]}\N{HORIZONTAL ELLIPSIS}"
+        return row.append(f"  {suite}")
 
     def _begin(self, label: str, style: str, step: int) -> Text:
         return Text().append(f"{label:<6}", style=style).append(f"{step}/{self._total_steps}".rjust(STEP_WIDTH))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import re
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -19,12 +21,15 @@ METRICS = {
 }  # fmt: skip
 
 
-def lines(width: int | None, *steps: tuple[int, Any]) -> list[str]:
+LONG = "competition_problems_of_the_last_three_years"
+
+
+def lines(width: int | None, *steps: tuple[int, Any], also: Mapping[str, float] = MappingProxyType({})) -> list[str]:
     out = io.StringIO()
     console = Console(file=out, force_terminal=width is not None, width=width, no_color=True, highlight=False)
-    shown = StepConsole(543, {"": 8, "hard": 16}, console)
+    shown = StepConsole(543, {"": 8, LONG: 16}, console)
     for step, stage in steps:
-        shown.step(step, stage, METRICS)
+        shown.step(step, stage, {**METRICS, **also})
     return [line for line in re.sub(r"\x1b\[[\d;]*m", "", out.getvalue()).splitlines() if line]
 
 
@@ -35,6 +40,16 @@ def test_a_step_is_one_line_of_the_terminal(width: int) -> None:
     for title in ("stage", "step", "reward", "acc %", "entropy", "sec", "left"):
         assert title in header
     assert ("KL" in header, "sync" in header) == (True, width >= 120)
+
+
+@pytest.mark.parametrize("width", [80, 160, None])
+def test_so_is_an_evaluation_whatever_the_suite_is_called(width: int | None) -> None:
+    names = ("avg_at_k", "pass_at_k", "entropy")
+    evaluated = {f"eval/{suite}{name}": 0.5 for suite in ("", f"{LONG}/") for name in names}
+    _, _, own, suite = lines(width, (1, "rlvr"), also=evaluated)
+    assert own.endswith("1/543  avg@8 0.500  pass@8 0.500  entropy 0.500")
+    assert "avg@16 0.500  pass@16 0.500  entropy 0.500  competition" in suite
+    assert suite.endswith(LONG) == (width != 80) and len(suite) <= (width or 200)
 
 
 def test_a_file_gets_all_columns() -> None:
