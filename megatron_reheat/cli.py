@@ -341,10 +341,14 @@ def _report(parsed: argparse.Namespace) -> int:
 
 def _add_compare(commands: Any) -> None:
     command = commands.add_parser("compare", help="how two policies differ: KL, entropies, ranks, layers and weights")
-    for name in ("a", "b"):
-        command.add_argument(
-            name, metavar=name.upper(), help="Hugging Face folder, a run's folder or a checkpoint (any layout)"
-        )
+    what = "Hugging Face folder, a run's folder or a checkpoint (any layout)"
+    command.add_argument("a", metavar="A", help=what)
+    command.add_argument(
+        "b",
+        metavar="B",
+        nargs="?",
+        help="the same; without B, before and after each round of the run A (checkpoint.borders)",
+    )
     command.add_argument("--reference", metavar="C", help="also the cosine of the weights' ways from A to B and to C")
     _add_checkpoint(command)
     command.add_argument(
@@ -354,7 +358,11 @@ def _add_compare(commands: Any) -> None:
     command.add_argument(
         "--cka-tokens", type=int, default=2048, metavar="N", help="whose layers' states are kept; 0: no CKA"
     )
-    command.add_argument("--out", type=Path, help="folder of figures, picture and page; default: runs/compare/A-vs-B")
+    command.add_argument(
+        "--out",
+        type=Path,
+        help="folder of figures, picture and page; default: runs/compare/A-vs-B, without B A's report",
+    )
     command.set_defaults(run=_compare)
 
 
@@ -368,8 +376,8 @@ def _compare(parsed: argparse.Namespace) -> int:
 
     given: dict[str, Any] = {**vars(parsed), "which": parsed.checkpoint}
     del given["run"], given["checkpoint"]
-    paths = compare(CompareOptions(**given))
-    print(f"page: {paths.html}\npicture: {paths.png}\nfigures: {paths.json}")
+    for paths in compare(CompareOptions(**given)):
+        print(f"page: {paths.html}\npicture: {paths.png}\nfigures: {paths.json}")
     return 0
 
 

@@ -401,6 +401,11 @@ class CheckpointConfig(Section):
 
     every: int = Field(default=50, ge=0, description="steps; 0 saves only at the end")
     keep: int = Field(default=2, gt=0, description="most recent checkpoints that stay on disk")
+    borders: bool = Field(
+        default=False,
+        description="also write the policy before and after each round of reheating or flattening, as Hugging Face folders in "
+        "RUN/borders, which reheat compare RUN takes",
+    )
     keep_best: Annotated[str, AfterValidator(eval_metric)] | None = Field(
         default=None,
         description="also keep the checkpoint of the best evaluation, as checkpoints/best: by eval/avg_at_k or eval/pass_at_k "

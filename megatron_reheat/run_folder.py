@@ -8,6 +8,7 @@ rollouts/step-000123.jsonl
 checkpoints/             step-N/, each complete by itself (`model.checkpoint`), and which is latest and best
 wandb_id, mlflow_id, trackio_id
                          the trackers' runs, which a run that goes on continues
+borders/                 round-N-before/, round-N-after/: the policy as Hugging Face folders, with `checkpoint.borders`
 reference/  tensorboard/  report/  logs/
 """
 
@@ -21,7 +22,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -33,6 +34,8 @@ from megatron_reheat.recipe import dump_config
 from megatron_reheat.types import Group
 
 Record = dict[str, Any]
+Side = Literal["before", "after"]
+SIDES: tuple[Side, ...] = ("before", "after")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,21 @@ class RunFolder:
     def reference(self) -> Path:
         """The weights with which RL began, where that was not the model's folder; a Hugging Face folder."""
         return self.path / "reference"
+
+    def border(self, round_: int, side: Side) -> Path:
+        """The policy before or after a round of reheating, with `checkpoint.borders`; a Hugging Face folder."""
+        return self.path / "borders" / f"round-{round_}-{side}"
+
+    def compared_borders(self, round_: int) -> Path:
+        """Where `reheat compare RUN` writes of a round, and `reheat report` looks."""
+        return self.report / f"round-{round_}"
+
+    @property
+    def rounds(self) -> list[int]:
+        """Whose both sides were kept."""
+        after = (self.path / "borders").glob("round-*-after")
+        numbers = (folder.name.removeprefix("round-").removesuffix("-after") for folder in after)
+        return sorted(int(n) for n in numbers if n.isdecimal() and self.border(int(n), "before").is_dir())
 
     @property
     def tensorboard(self) -> Path:
@@ -301,6 +319,9 @@ def _rollout_rows(step: int, group: Group, decode: Callable[[Sequence[int]], str
             "num_tokens": len(completion.token_ids),
             "sampling_temperature": completion.sampling_temperature,
             "policy_version": completion.policy_version,
+            # a text has more than one reading as tokens
+            "prompt_ids": list(group.prompt.token_ids),
+            "response_ids": completion.token_ids.tolist(),
             **({"reward_parts": dict(reward.parts)} if reward is not None and reward.parts else {}),
         }
         for completion, reward in zip(group.completions, rewards, strict=True)

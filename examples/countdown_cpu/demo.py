@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_reheat.processes import die_with_parent
-from megatron_reheat.run_folder import read_metrics
+from megatron_reheat.run_folder import RunFolder, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = ("reheat", "control", "flatten", "rollout_temperature")
@@ -72,6 +72,9 @@ def main() -> int:
         if not reheat("train", f"yaml/countdown_cpu_{arm}.yaml", *shared, fork, steps):
             return 1
     arms = [folder / arm for arm in options.arms]
+    for arm in arms:
+        if RunFolder(arm).rounds and not reheat("compare", str(arm)):
+            return 1
     if not reheat("report", *map(str, arms), "--out", str(folder / "report")):
         return 1
     console = Console()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any
 
 from examples.countdown_cpu.demo import make_inputs
 from examples.elsewhere import ROOT, Sections, joined, moved
+from megatron_reheat.analysis.rounds import OVERALL
 from megatron_reheat.commands.convert import find_in_run, to_hf
 from megatron_reheat.config import Config, ModelConfig
 from megatron_reheat.data.tokenizer import end_token_id
-from megatron_reheat.microscope.displacement import OVERALL, displacement
+from megatron_reheat.microscope.displacement import displacement
 from megatron_reheat.microscope.measure import measure
 from megatron_reheat.microscope.probe import read_probe, rollout_files
 from megatron_reheat.run_folder import RunFolder, read_segments
@@ -41,7 +41,7 @@ ALWAYS: Sections = {
 QUICK: Sections = {
     "sft": {"steps": 150, "batch_size": 128, "warmup_steps": 10},
     "rl": {"prompts_per_step": 16, "group_size": 4},
-    "reheat": {"prompts_per_step": 32},
+    "reheat": {"prompts_per_step": 128, "lr": 1e-4},
     # entropies of a policy that has learnt little; all happens at once
     "controller": {"collapse_below": 5.0, "reheat_to": 6.0, "runaway_entropy": 9.0, "smoothing_steps": 2},
     "eval": {"num_samples": 2},
@@ -210,7 +210,7 @@ class SeedRuns:
             guard_event=str(guard.get("event") or ""),
             guard_rolled_back=bool(guard.get("reheat/rolled_back")),
             **self.compared(collapsed, reheated),
-            **self.cooled(collapsed, reheated, entropies["1.2"][0], length),
+            **self.cooled(collapsed, reheated, entropies["1.2"][0]),
         )
 
     # -- runs ------------------------------------------------------------------------------------------------------
@@ -280,23 +280,25 @@ class SeedRuns:
         means = asdict(measured.tokens.all)
         return {"microscope": {k: float(v) for k, v in means.items()}, "cka": measured.cka or {}}
 
-    def cooled(self, collapsed: Path, reheated: Path, entropy: float, length: int) -> dict[str, Any]:
+    def cooled(self, collapsed: Path, reheated: Path, entropy: float) -> dict[str, Any]:
         """From the reheated policy back to the collapsed one's `entropy`, by the sharpened teacher and the reverse KL."""
-        teacher = {"teacher_temperature": COOLING_TEMPERATURE, "direction": "reverse"}
-        controller = {**NO_END, "action": "cool", "cool_above": 40.0, "cool_to": 1e-6}
-        fork = self.place("reheated")  # which ends within the stage: this goes on there, the other way
+        sections: Sections = {
+            "model": {"hf_path": str(reheated)},
+            "sft": {"steps": 0},
+            # the controller sees an RL step first, which is to change nothing
+            "optimizer": {"lr": 1e-12},
+            "reheat": {"teacher_temperature": COOLING_TEMPERATURE, "direction": "reverse"},
+            "controller": {**NO_END, "action": "cool", "cool_above": 1e-5, "cool_to": 1e-6, "smoothing_steps": 1},
+        }
 
         def run(name: str, steps: int) -> list[Record]:
-            total = {"fork_from": fork, "steps": self.rl_steps + length + steps}
-            records = self.run(name, {"run": total, "controller": controller, "reheat": teacher})
-            return [r for r in records if r["stage"] == "reheat"]
+            return self.run(name, sections, run={"steps": 1 + steps})
 
         entropies = values_of(run("cooling", self.settings.steps), "entropy/mean")
         steps = next((i for i, value in enumerate(entropies) if value < entropy), None)
         updates = self.settings.steps if steps is None else steps
         run("cooled", max(updates, 1))
         cooled = self.exported("cooled")
-        shutil.rmtree(self.folder / "cooling" / "checkpoints", ignore_errors=True)
         back = {d.block: d for d in displacement(reheated, cooled, collapsed)}[OVERALL]
         left = {d.block: d for d in displacement(collapsed, cooled)}[OVERALL]
         away = {d.block: d for d in displacement(collapsed, reheated)}[OVERALL]

@@ -15,6 +15,7 @@ from megatron_reheat.analysis import samples
 from megatron_reheat.analysis.evaluations import Estimate, Evaluation, evaluations
 from megatron_reheat.analysis.look import DARK, LIGHT, Scene
 from megatron_reheat.analysis.page import need_drawing, page_template
+from megatron_reheat.analysis.rounds import compared_rounds
 from megatron_reheat.analysis.tracks import Track, load_tracks
 from megatron_reheat.console import duration
 from megatron_reheat.errors import ReheatError
@@ -79,6 +80,7 @@ def _page(tracks: Sequence[Track]) -> str:
     filters = {
         "interval": _interval,
         "duration": lambda seconds: "-" if seconds is None else duration(seconds),
+        "figure": lambda value: "-" if value is None else f"{value:.4g}",
         "yaml": lambda tree: yaml.safe_dump(tree, sort_keys=False),
     }
     rows = [row for track in tracks for row in evaluations(track)]
@@ -93,6 +95,7 @@ def _page(tracks: Sequence[Track]) -> str:
         runs=[_run_row(track) for track in tracks],
         limits=samples,
         samples=[(track, samples.sampled_steps(track)) for track in tracks],
+        comparisons=[(track, list(compared_rounds(RunFolder(track.folder)))) for track in tracks],
         events=[(track.name, step, text) for track in tracks for step, text in track.events()],
         tracks=tracks,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_reheat.analysis.page import need_drawing
@@ -20,6 +20,7 @@ from megatron_reheat.microscope.page import ComparePaths, check_out, write_compa
 from megatron_reheat.microscope.probe import Probe, read_probe, rollout_files
 from megatron_reheat.microscope.table import print_comparison
 from megatron_reheat.phases import announce
+from megatron_reheat.run_folder import SIDES, RunFolder, read_metrics
 from megatron_reheat.stages.inputs import ModelFolder, read_model
 
 REFERENCE = "--reference"
@@ -27,10 +28,11 @@ REFERENCE = "--reference"
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """The command's arguments. `data` None: a run's own rollouts; `out` None: `runs/compare/A-vs-B`."""
+    """The command's arguments. `data` None: a run's own rollouts; `out` None: `runs/compare/A-vs-B`. `b` None: the rounds of
+    the run `a`, and `out` is for each its place in the report."""
 
     a: str
-    b: str
+    b: str | None
     reference: str | None = None
     which: Which = "latest"
     hf_source: str | None = None
@@ -42,13 +44,12 @@ class CompareOptions:
     @property
     def named(self) -> dict[str, str]:
         """The models by the arguments that name them."""
-        return {"A": self.a, "B": self.b} | ({} if self.reference is None else {REFERENCE: self.reference})
+        given = {"A": self.a, "B": self.b, REFERENCE: self.reference}
+        return {argument: path for argument, path in given.items() if path is not None}
 
 
-def compare(options: CompareOptions) -> ComparePaths:
-    """Prints the comparison, writes it, and says where.
-
-    Runs' checkpoints are written out beside themselves as Hugging Face folders meanwhile.
+def compare(options: CompareOptions) -> list[ComparePaths]:
+    """Prints the comparison, or one of each round of a run, writes it, and says where.
 
     Raises:
         ConfigError: before a model is loaded, naming the argument to change.
@@ -56,12 +57,59 @@ def compare(options: CompareOptions) -> ComparePaths:
     """
     _check(options)
     need_drawing("a comparison")
+    if options.b is not None:
+        return [_compare_two(options)]
+    _check_folder("A", options.a)
+    if options.out is not None:
+        raise ConfigError("--out: the rounds of a run are written into its report; leave it out, or name B, too")
+    run = RunFolder(Path(options.a))
+    rounds = run.rounds
+    if not rounds:
+        raise ConfigError(
+            f"A: {options.a} has no round of reheating with the policy before and after it (checkpoint.borders); name B, too"
+        )
+    written = []
+    for number in rounds:
+        before, after = (str(run.border(number, side)) for side in SIDES)
+        files = [options.data] if options.data else _rollouts_of(run, number)
+        of_round = replace(options, a=before, b=after, out=run.compared_borders(number))
+        written.append(_compare_two(of_round, files))
+    return written
+
+
+def _rollouts_of(run: RunFolder, number: int) -> list[Path]:
+    """What was sampled in the round, the last first, or in the step at whose end the policy was flattened.
+
+    Raises:
+        ConfigError: nothing was kept.
+    """
+    records = [r for r in read_metrics(run.path) if "stage" in r]
+    steps = [r["step"] for r in records if (r["stage"], r.get("round")) == ("reheat", number)]
+    if not steps:
+        steps = [r["step"] for r in records if "flatten/temperature" in r][number - 1 : number]
+    kept = [run.rollouts(step) for step in reversed(steps) if run.rollouts(step).exists()]
+    if not kept:
+        raise ConfigError(
+            f"--data: {run.path} kept no rollouts of round {number} (logging.rollouts_per_step); name a file whose records "
+            "have the texts prompt and response"
+        )
+    return kept
+
+
+def _compare_two(options: CompareOptions, files: list[Path] | None = None) -> ComparePaths:
+    """Runs' checkpoints are written out beside themselves as Hugging Face folders meanwhile.
+
+    Raises:
+        ConfigError: before a model is loaded, naming the argument to change.
+        ReheatError: a checkpoint is damaged, or the folder cannot be written.
+    """
+    assert options.b is not None
     found = {argument: _find(argument, path, options.which) for argument, path in options.named.items()}
     out = (
         options.out or Path("runs") / "compare" / f"{_label(options.a, found['A'])}-vs-{_label(options.b, found['B'])}"
     )
     check_out(out)
-    files = _probe_files(options, [found["B"], found["A"]])
+    files = files or _probe_files(options, [found["B"], found["A"]])
     with ExitStack() as stack:
         names, models = {}, {}
         for argument, path in options.named.items():
@@ -120,6 +168,11 @@ def _check(options: CompareOptions) -> None:
 
 
 def _find(argument: str, path: str, which: Which) -> tuple[Path, Path] | None:
+    _check_folder(argument, path)
+    return find_in_run(path, which)
+
+
+def _check_folder(argument: str, path: str) -> None:
     if problem := problem_of_folder(Path(path)):
         raise ConfigError(f"{argument}: {path} cannot be read: {problem}")
     if not Path(path).is_dir():
@@ -127,7 +180,6 @@ def _find(argument: str, path: str, which: Which) -> tuple[Path, Path] | None:
             f"{argument}: {path} is no folder; name a Hugging Face folder, a run's folder or a checkpoint "
             "(runs/NAME/checkpoints/step-N)"
         )
-    return find_in_run(path, which)
 
 
 def _label(path: str, found: tuple[Path, Path] | None) -> str:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_reheat.analysis.rounds import OVERALL
 from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import EMBEDDING, HEAD, tensor_shapes
 from megatron_reheat.model.provider import read_hf_config
 
-HEAD_BLOCK, OVERALL = "head", "all"
+HEAD_BLOCK = "head"
 # elements whose float64 copies exist at a time
 CHUNK = 1 << 22
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from megatron_reheat.analysis.look import DARK, DPI, LIGHT, Theme, style
 from megatron_reheat.analysis.plots import PANEL_INCHES, Picture, draw_alone, png
-from megatron_reheat.microscope.displacement import OVERALL
+from megatron_reheat.analysis.rounds import OVERALL
 from megatron_reheat.microscope.figures import Comparison
 
 SIZE_INCHES = (13.0, 7.6)

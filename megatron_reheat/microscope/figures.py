@@ -85,7 +85,7 @@ class TokenSummary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of it. `cka` is by reading (`policy.reading_names`); it and `displacement` are None where the models have other
+    """All of it. `cka` is by reading (`states.reading_names`); it and `displacement` are None where the models have other
     shapes. `sources` are the files of the probe text."""
 
     a: str

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron_reheat.analysis.look import DARK, LIGHT, Key
 from megatron_reheat.analysis.page import page_template
+from megatron_reheat.analysis.rounds import OVERALL
 from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.microscope import table
-from megatron_reheat.microscope.displacement import OVERALL
 from megatron_reheat.microscope.figures import Comparison
 from megatron_reheat.run_folder import write_atomically
 

@@ -11,6 +11,7 @@ from megatron_reheat.checkpoint_folder import checkpoint_step
 from megatron_reheat.data.files import read_file
 from megatron_reheat.data.records import Record, Records
 from megatron_reheat.data.rendering import tokens_before_text
+from megatron_reheat.data.responses import response_text
 from megatron_reheat.data.tokenizer import turn_end_id
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.run_folder import RunFolder
@@ -56,6 +57,8 @@ def rollout_files(run: Path, checkpoint: Path) -> list[Path]:
 
 def read_probe(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, end: int, context: int, limit: int) -> Probe:
     """The first `limit` sequences of files whose records have the texts `prompt` and `response`.
+
+    A run's own rollouts have `prompt_ids` and `response_ids` beside them, which count where they are the response's.
 
     Args:
         end: the token behind a response that was not cut off (`finish_reason` "length").
@@ -119,6 +122,8 @@ class _Reader:
     def sequence(self, record: Record, records: Records, index: int) -> ProbeSequence | None:
         """None where the response is empty."""
         prompt, response = (_text(record, key, records, index) for key in ("prompt", "response"))
+        if sampled := self._sampled(record, response):
+            return sampled
         turn_end = self._turn_end[0] if self._turn_end and self._turn_end[1] in prompt else None
         prompt_ids = self._encode(prompt)
         # what the chat template wrote has its special tokens already
@@ -137,8 +142,26 @@ class _Reader:
             prompt_ids, ids = ids[:1], ids[1:]
         return ProbeSequence(tuple(prompt_ids), tuple(ids)) if ids else None
 
+    def _sampled(self, record: Record, response: str) -> ProbeSequence | None:
+        """The tokens themselves, where a run kept them and they are this tokenizer's."""
+        prompt_ids, ids = (record.get(key) for key in ("prompt_ids", "response_ids"))
+        if not (_are_ids(prompt_ids, len(self._tokenizer)) and _are_ids(ids, len(self._tokenizer))):
+            return None
+        assert prompt_ids is not None and ids is not None
+        stops = [] if record.get("finish_reason") == "length" else ids[-1:]
+        if response_text(self._tokenizer, ids, stops) != response:
+            return None
+        return ProbeSequence(tuple(prompt_ids), tuple(ids))
+
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _are_ids(value: Any, vocab_size: int) -> bool:
+    """Whether these are one token or more."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(type(token) is int and 0 <= token < vocab_size for token in value)
 
 
 def _text(record: Record, key: str, records: Records, index: int) -> str:

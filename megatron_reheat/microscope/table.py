@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from megatron_reheat.microscope.displacement import HEAD_BLOCK, OVERALL, BlockDisplacement
+from megatron_reheat.analysis.rounds import OVERALL
+from megatron_reheat.microscope.displacement import HEAD_BLOCK, BlockDisplacement
 from megatron_reheat.microscope.figures import Comparison, Means, TokenSummary
 
 WIDTH = 80

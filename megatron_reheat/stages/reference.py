@@ -8,24 +8,16 @@ read later are the same weights, to the bit.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from functools import reduce
 from operator import xor
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from megatron_reheat.checkpoint_folder import fsync
-from megatron_reheat.errors import ReheatError, writing
+from megatron_reheat.errors import ReheatError
 from megatron_reheat.model.engine import Engine
 from megatron_reheat.model.frozen_weights import FrozenWeights
-from megatron_reheat.model.hf_weights import tensor_shapes
-from megatron_reheat.model.hf_writer import write_hf_folder
+from megatron_reheat.model.policy_export import export_policy
 from megatron_reheat.rollout.packed import digest
 from megatron_reheat.types import Scores, TrainBatch
-
-SHARD_BYTES = 5_000_000_000
 
 
 class Reference:
@@ -51,7 +43,7 @@ class Reference:
         if topology.is_main:  # an earlier run's, or that of a start that was killed before it was saved
             shutil.rmtree(self._kept, ignore_errors=True)
         if keep:
-            self._write()
+            export_policy(self._engine, self._kept, self._hf_folder, self._stop_token_ids)
             topology.barrier()
         self._weights = FrozenWeights(self._engine.module, topology)
         self.digest = self._digest()
@@ -86,36 +78,6 @@ class Reference:
         )
         failure.on_every_rank = True
         return failure
-
-    def _write(self) -> None:
-        engine, partial = self._engine, self._kept.with_name(f".{self._kept.name}.partial")
-        if not engine.topology.is_main:
-            for _ in engine.iter_hf_weights():  # the ranks of a replica produce the tensors together
-                pass
-            return
-        shapes = tensor_shapes(engine.hf)
-        with writing(self._kept):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            write_hf_folder(
-                partial,
-                self._copies(),
-                hf=engine.hf,
-                source=self._hf_folder,
-                shapes=shapes,
-                dtypes=dict.fromkeys(shapes, engine.module.config.params_dtype),
-                shard_bytes=SHARD_BYTES,
-                stop_token_ids=self._stop_token_ids,
-            )
-            for path in (*partial.iterdir(), partial):
-                fsync(path)
-            partial.rename(self._kept)
-            fsync(self._kept.parent)
-
-    def _copies(self) -> Iterator[tuple[str, Tensor]]:
-        """The stream's tensors may be views of each other's memory, which safetensors does not write."""
-        for name, tensor in self._engine.iter_hf_weights():
-            yield name, tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
     def _digest(self) -> str:
         """Of the model's weights, the same under every layout."""

@@ -35,6 +35,7 @@ from megatron_reheat.rewards.self_check import ReferenceCheck, check_references,
 from megatron_reheat.run_folder import RunFolder
 from megatron_reheat.run_lock import RunLock
 from megatron_reheat.run_logger import RunLogger, StepRecord
+from megatron_reheat.stages.borders import Borders
 from megatron_reheat.stages.collect import Collector, StepAbandoned
 from megatron_reheat.stages.controller import Controller, ControllerState, Verdict
 from megatron_reheat.stages.engines import frozen_weights, start_frozen, start_sampler
@@ -192,6 +193,9 @@ class Run:
         if self.method.needs_reference(config, self.method.options):
             self.reference = Reference(self.engine, self.folder.reference, inputs.hf_folder, inputs.stop_token_ids)
         self.state = RunState()
+        self.borders = None
+        if config.checkpoint.borders:
+            self.borders = Borders(self.engine, self.folder, inputs.hf_folder, inputs.stop_token_ids)
         self._sampler = helpers.sampler
         self._references = references
         self._saved_step = -1
@@ -267,6 +271,8 @@ class Run:
                 flattened = flatten(
                     self.policy, outcome.sampled, config.controller.reheat_to, judged_tokens=config.judged_tokens
                 )
+                if self.borders is not None:
+                    self.borders.write(self.controller.state.round, "after")
                 event = f"{event} at temperature {flattened.temperature:.3f}, which makes it {flattened.after:.3f} nats"
                 outcome.metrics["flatten/temperature"] = flattened.temperature
                 outcome.metrics["flatten/entropy"] = flattened.after
@@ -318,7 +324,10 @@ class Run:
         if entropy is None:
             entropy = self.controller.smoothed_entropy
         text = self.controller.explain(verdict, entropy, rolled_back=rolled_back)
+        round_ = self.controller.state.round
         self.controller.carry_out(verdict)
+        if self.borders is not None:
+            self.borders.keep(max(round_, self.controller.state.round), verdict)
         if self.controller.state.stage != before or verdict is Verdict.FLATTEN:
             self.collector.forget_ahead()
             self.engine.reset_optimizer()

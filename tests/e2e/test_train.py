@@ -28,6 +28,8 @@ def root(tmp_path_factory):
 def whole(root):
     """One uninterrupted run through every stage; the others are compared with it."""
     recipe = runs.conversational(runs.recipe(root / "model", root), root)
+    recipe["checkpoint"]["borders"] = True
+    recipe["logging"] = {"rollouts_per_step": 12}  # as many prompts as a reheating step has
     config = runs.write_recipe(recipe, root / "whole.yaml")
     result = runs.reheat("train", str(config), "run.name=whole", KEEP_BEST)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
@@ -109,11 +111,26 @@ def test_run_folder_is_complete_and_the_terminal_is_readable(whole):
     assert "\x1b[" not in result.stdout and "Traceback" not in result.stderr
 
 
+def test_the_policy_is_kept_on_either_side_of_the_round(whole):
+    """What the microscope reads off it is what the run itself measured on the same responses."""
+    _, folder, _ = whole
+    last = [s for s in runs.steps_of(folder) if s["stage"] == "reheat"][-1]
+    result = runs.reheat("compare", str(folder), "--data", str(folder / "rollouts" / f"step-{last['step']:06}.jsonl"))
+    assert result.returncode == 0, result.stderr
+    found = json.loads((folder / "report" / "round-1" / "compare.json").read_text())
+    means = found["tokens"]["all"]
+    assert (
+        means["entropy_b"] == pytest.approx(last["entropy/mean"], rel=1e-3) and means["entropy_b"] > means["entropy_a"]
+    )
+    assert found["num_sequences"] == 12 and means["kl_ab"] > 0
+    assert {block["block"]: block["moved"] for block in found["displacement"]}["all"] > 0
+
+
 def test_a_report_is_drawn_from_it(whole):
     _, folder, _ = whole
     result = runs.reheat("report", str(folder))
     assert result.returncode == 0, result.stderr
-    assert (folder / "report" / "report.html").stat().st_size > 10_000
+    assert "What the rounds of whole changed" in (folder / "report" / "report.html").read_text()
 
 
 def test_nothing_is_done_twice_when_a_finished_run_is_started_again(whole):
@@ -137,6 +154,9 @@ def test_killed_in_the_middle_of_reheating_it_resumes_bit_exactly(whole):
     assert done < len(expected)
     assert [runs.numbers_of(s) for s in actual] == [runs.numbers_of(s) for s in expected]
     assert (killed / "checkpoints" / "best").read_text() == (folder / "checkpoints" / "best").read_text()
+    for side in ("before", "after"):
+        weights = [run / "borders" / f"round-1-{side}" / "model.safetensors" for run in (killed, folder)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from megatron_reheat.commands.compare import CompareOptions, _displacement, _pro
 from megatron_reheat.commands.convert import to_hf
 from megatron_reheat.config import ModelConfig
 from megatron_reheat.microscope.table import WIDTH
+from megatron_reheat.run_folder import RunFolder
 from megatron_reheat.stages.inputs import read_model
 from tests.character_tokenizer import character_tokenizer
 from tests.tiny_models import VOCAB_SIZE, save_tiny_model
@@ -170,6 +171,55 @@ def test_without_text_it_says_where_text_comes_from(compare, models, trained, ca
     assert compare(models["first"], trained, on_problems=False) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: --data: neither B nor A is of a run that kept rollouts") and "name a file" in error
+
+
+@pytest.fixture
+def reheated(models: dict[str, Path], tmp_path: Path) -> Path:
+    """A run with a round of reheating, from the first model to the second, and a flattening, whose end was not kept."""
+    run = RunFolder(tmp_path / "reheated")
+    for round_, side, name in ((1, "before", "first"), (1, "after", "second"), (2, "before", "third")):
+        shutil.copytree(models[name], run.border(round_, side))
+    lines = [
+        {"step": 30, "stage": "rlvr", "round": 0}, {"step": 31, "stage": "reheat", "round": 1, "entropy/mean": 0.1},
+        {"step": 32, "stage": "reheat", "round": 1, "entropy/mean": 0.2}, {"step": 33, "stage": "rlvr", "round": 1},
+    ]  # fmt: skip
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for step in (30, 31, 33):
+        write(run.rollouts(step), *RECORDS[: step - 29])
+    return run.path
+
+
+def test_the_rounds_of_a_run_come_into_its_report(compare, reheated, capsys):
+    assert main(["compare", str(reheated)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("page: ") == 1 and str(reheated / "report" / "round-1" / "compare.html") in printed
+    tree = read(reheated / "report" / "round-1")
+    assert (tree["a"], tree["b"]) == tuple(
+        str(reheated / "borders" / f"round-1-{side}") for side in ("before", "after")
+    )
+    assert [Path(source).name for source in tree["sources"]] == ["step-000031.jsonl"]  # what was kept of the round
+    assert main(["report", str(reheated)]) == 0
+    page = (reheated / "report" / "report.html").read_text()
+    assert "What the rounds of reheated changed" in page and f"{tree['tokens']['all']['kl_ab']:.4g}" in page
+    assert page.count("<summary>round ") == 1
+
+
+def test_a_run_without_borders_is_told_the_key(trained, reheated, capsys):
+    assert main(["compare", str(trained)]) == 1
+    assert "(checkpoint.borders); name B, too" in capsys.readouterr().err
+    assert main(["compare", str(reheated), "--out", "elsewhere"]) == 1
+    assert capsys.readouterr().err.startswith("error: --out: the rounds of a run are written into its report")
+    shutil.rmtree(reheated / "rollouts")
+    assert main(["compare", str(reheated)]) == 1
+    assert "kept no rollouts of round 1 (logging.rollouts_per_step)" in capsys.readouterr().err
+
+
+def test_a_damaged_comparison_is_left_out_of_the_report(reheated):
+    folder = RunFolder(reheated).compared_borders(1)
+    write(folder / "compare.json", {"tokens": {}})
+    (folder / "compare.png").write_bytes(PNG_SIGNATURE)
+    assert main(["report", str(reheated)]) == 0
+    assert "What the rounds" not in (reheated / "report" / "report.html").read_text()
 
 
 def test_it_is_one_process(compare, models, monkeypatch, capsys):

@@ -246,7 +246,7 @@ def test_one_model_is_in_memory_at_a_time_and_of_a_the_rows_that_count(
     alive: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
     numbers, kept = [], []
 
-    class Watched(measuring.Policy):
+    class Watched(measuring.StateReader):
         def __init__(self, folder: Path) -> None:
             super().__init__(folder)
             alive.add(self._model)
@@ -256,7 +256,7 @@ def test_one_model_is_in_memory_at_a_time_and_of_a_the_rows_that_count(
         kept.append((tuple(hidden_a.shape), hidden_a.untyped_storage().nbytes()))
         return compare_tokens(hidden_a, *others)
 
-    monkeypatch.setattr(measuring, "Policy", Watched)
+    monkeypatch.setattr(measuring, "StateReader", Watched)
     monkeypatch.setattr(measuring, "compare_tokens", watched)
     run(folders["a"], folders["b"], probe)
     assert numbers == [1, 1]
@@ -340,6 +340,28 @@ def test_tokens_that_a_tokenizer_joined_by_spaces_are_taken_apart(tmp_path: Path
     end = tokenizer.eos_token_id
     probe = read_probe([write(tmp_path / "p.jsonl", record)], tokenizer, end, context=40, limit=9)
     assert probe.sequences[0].response == (*response, end) and not probe.notes
+
+
+def test_tokens_that_a_run_kept_are_read_as_they_were_sampled(tmp_path: Path) -> None:
+    tokenizer = character_tokenizer(None, adds="<bos> $A")
+    a, b, c = tokenizer.convert_tokens_to_ids(["a", "b", "c"])
+    kept = {
+        "prompt": "a",
+        "response": "bc",
+        "finish_reason": "stop",
+        "num_tokens": 4,
+        "prompt_ids": [a],
+    }  # and no <bos>
+    file = write(
+        tmp_path / "probe.jsonl",
+        {**kept, "response_ids": [b, 1, c, 0]},
+        {**kept, "response_ids": [c, b, 1, 1]},  # another tokenizer's
+        {**kept, "response_ids": [b, c, 10_000, 1]},
+        {**kept, "response_ids": []},
+    )
+    first, *others = read_probe([file], tokenizer, end=1, context=40, limit=9).sequences
+    assert (first.prompt, first.response) == ((a,), (b, 1, c, 0))
+    assert [(s.prompt, s.response) for s in others] == [((2, a), (b, c, 1))] * 3
 
 
 def test_rollouts_are_the_newest_up_to_the_checkpoint(tmp_path: Path) -> None:

@@ -204,6 +204,9 @@ def test_rollouts_are_written_one_completion_a_line(tmp_path: Path) -> None:
         ("Cé", -0.5, False, True, "length"),
     ]
     assert rows[0]["response"] == "ABé\udc80"
+    assert bytes(rows[0]["response_ids"]) == b"AB" and rows[0]["prompt_ids"] == list(
+        make_group(graded=True).prompt.token_ids
+    )
     assert rows[0]["prompt"] == "what is <1+1>?" and rows[0]["policy_version"] == 7 and rows[0]["num_tokens"] == 2
     ungraded = [json.loads(line) for line in run.rollouts(13).read_text("utf-8").splitlines()]
     assert [r["reward"] for r in ungraded] == [None, None]

@@ -10,7 +10,7 @@ import matplotlib.image
 import pytest
 
 from examples.signatures.figure import draw
-from examples.signatures.measurements import Measurements, Score, first_beyond, own_steps
+from examples.signatures.measurements import Measurements, Score, Seed, Settings, first_beyond, own_steps
 from examples.signatures.verdicts import Verdict, markdown, signatures
 
 
@@ -102,6 +102,14 @@ def test_measurements_survive_their_file_and_the_table_names_them_all(tmp_path: 
     assert len(lines) == 9 and all(line.count("|") == 5 and line.endswith("reproduced |") for line in lines[2:])
     draw(SEEDS, tmp_path / "figure.png")
     assert matplotlib.image.imread(tmp_path / "figure.png").shape[0] > 500
+
+
+def test_a_seed_that_is_measured_is_not_measured_again(tmp_path: Path) -> None:
+    m = seed(1)
+    m.write(tmp_path)
+    assert Seed(Settings(tmp_path, tmp_path, False, m.steps), 1).is_done
+    assert not Seed(Settings(tmp_path, tmp_path, False, m.steps), 2).is_done
+    assert not Seed(Settings(tmp_path, tmp_path, False, m.steps + 1), 1).is_done  # it was another measurement
 
 
 def test_the_target_is_reached_by_the_updates_before_the_step_that_sees_it() -> None:
