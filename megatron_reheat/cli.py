@@ -301,7 +301,7 @@ def _train(parsed: argparse.Namespace) -> int:
         let_announce(config.logging.console)
         announce(f"starting {world_size} ranks")
         return launch_here(world_size, arguments, RunFolder(config.run.path), config.run.stop_grace_s)
-    return _run(config)
+    return _run(config, world_size)
 
 
 def _world_size(config: Config) -> int:
@@ -313,7 +313,7 @@ def _world_size(config: Config) -> int:
     return config.parallel.tensor * config.parallel.pipeline * config.data_parallel()
 
 
-def _run(config: Config) -> int:
+def _run(config: Config, world_size: int) -> int:
     """In a process of the run: the only one, or a rank."""
     finishing = None
     if os.environ.get("RANK", "0") == "0" and not is_launched():
@@ -324,11 +324,14 @@ def _run(config: Config) -> int:
     stopped = partial(stopped_by, folder=RunFolder(config.run.path))
     StopWatch(stopped, finishing, grace_s, is_final=is_launchers_own).start()
     let_announce(config.logging.console and os.environ.get("RANK", "0") == "0")
-    announce("importing torch, Megatron-Core and transformers")
-    with large_imports():
-        from megatron_reheat.stages.run import train
+    from megatron_reheat.rollout.head_start import HeadStart
 
-    return 0 if train(config) else REQUEUE_EXIT_CODE
+    announce("importing torch, Megatron-Core and transformers")
+    with HeadStart(config, world_size) as head_start:
+        with large_imports():
+            from megatron_reheat.stages.run import train
+
+        return 0 if train(config, head_start) else REQUEUE_EXIT_CODE
 
 
 def _report(parsed: argparse.Namespace) -> int:

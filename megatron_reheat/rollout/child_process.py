@@ -20,7 +20,7 @@ EXIT_GRACE_S = 5.0
 class ChildProcess(ModuleProcess):
     """Runs `python -m MODULE SOCKET_FD PARENT_PID ...`, output to `log_file`. One caller, one request at a time."""
 
-    def __init__(self, module: str, arguments: Sequence[str], *, env: Mapping[str, str], log_file: Path) -> None:
+    def __init__(self, module: str, arguments: Sequence[str], *, env: Mapping[str, str], log_file: Path | None) -> None:
         self._next_id = 0
         ours, theirs = socket.socketpair()
         with theirs:

@@ -18,15 +18,15 @@ from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import EngineDied, WeightSyncError
 from megatron_reheat.rollout.checks import check_params, check_prompts
 from megatron_reheat.rollout.child_process import ChildProcess
-from megatron_reheat.rollout.engine_options import engine_environment, engine_options
+from megatron_reheat.rollout.engine_options import engine_options
 from megatron_reheat.rollout.gpus import visible_gpus
+from megatron_reheat.rollout.head_start import WORKER_MODULE, HeadStart, worker_environment
 from megatron_reheat.rollout.packed import Entry, aligned
 from megatron_reheat.rollout.rollout_engine import SyncReport
 from megatron_reheat.rollout.weight_buffer import DeviceBuffer, HostBuffer, SendBuffer
 from megatron_reheat.rollout.wire import SampleRequest, WorkerReady, WorkerSettings
 from megatron_reheat.types import Completion, SamplingParams
 
-WORKER_MODULE = "megatron_reheat.rollout.engine_process"
 WEIGHT_RECEIVER = "megatron_reheat.rollout.weight_receiver.WeightReceiver"
 # the engine loads one portion while the trainer gathers the next
 PORTION_BYTES = 32 << 20
@@ -47,6 +47,7 @@ class EmbeddedEngine:
         cpu_affinity: cores the child may run on; None leaves it to the scheduler.
         frozen: the weights never change: they come through host memory, and stay there while the engine sleeps.
         start: False leaves the start to the first use, for devices that something else has to leave first.
+        head_start: may have a process that imports vLLM already.
     """
 
     _child: ChildProcess | None = None
@@ -66,6 +67,7 @@ class EmbeddedEngine:
         cpu_affinity: Sequence[int] | None = None,
         frozen: bool = False,
         start: bool = True,
+        head_start: HeadStart | None = None,
     ) -> None:
         self._config = config
         self._model_path = model_path
@@ -74,8 +76,8 @@ class EmbeddedEngine:
         self._seed = seed
         self._gpus = tuple(gpus)
         self._cores = tuple(cpu_affinity or ())
-        available = len(self._cores) or max(1, len(os.sched_getaffinity(0)) // local_engines)
-        self._threads = config.threads or available
+        self._local_engines = local_engines
+        self._head_start = head_start
         self._frozen = frozen
         self._ready = None
         self._restarts = 0
@@ -183,12 +185,14 @@ class EmbeddedEngine:
         self._asleep = False
         self._policy_version = None
         self._started_at = time.monotonic()  # of this boot, so that parent and child read the same
-        self._child = child = ChildProcess(
-            WORKER_MODULE,
-            [",".join(map(str, self._cores))] if self._cores else [],
-            env=self._environment(),
-            log_file=self._log_file,
-        )
+        arguments = [",".join(map(str, self._cores))] if self._cores else []
+        env = self._environment()
+        child, head_start, self._head_start = None, self._head_start, None
+        if head_start is not None:
+            child = head_start.take(arguments, env, self._log_file)
+        if child is None:
+            child = ChildProcess(WORKER_MODULE, arguments, env=env, log_file=self._log_file)
+        self._child = child
         options = engine_options(
             self._config, self._model_path, dtype=self._dtype, seed=self._seed, on_cpu=not self._gpus
         )
@@ -196,19 +200,15 @@ class EmbeddedEngine:
         options["worker_extension_cls"] = WEIGHT_RECEIVER
         if self._gpus:
             options["enable_sleep_mode"] = True
-        child.send_settings(WorkerSettings(options), self._config.start_timeout_s)
+        child.send_settings(WorkerSettings(options, str(self._log_file.resolve())), self._config.start_timeout_s)
         return child
 
     def _environment(self) -> dict[str, str]:
-        env = engine_environment() | {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "OMP_NUM_THREADS": str(self._threads),
-        }
-        if self._gpus:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus()[gpu] for gpu in self._gpus)
-        elif self._config.enforce_eager:
-            env["TORCHDYNAMO_DISABLE"] = "1"  # vLLM still compiles small sampling helpers, which costs seconds
-        return env
+        names = visible_gpus() if self._gpus else ()
+        if self._cores:
+            return worker_environment(self._config, 1, len(self._cores), [names[gpu] for gpu in self._gpus])
+        cores = len(os.sched_getaffinity(0))
+        return worker_environment(self._config, self._local_engines, cores, [names[gpu] for gpu in self._gpus])
 
     def _call(self, operation: str, *arguments: Any) -> Any:
         assert self._child is not None

@@ -39,16 +39,35 @@ def main() -> int:
     with large_imports():
         from megatron_reheat.errors import ReheatError
         from megatron_reheat.rollout.vllm_sampler import VLLMSampler
-        from megatron_reheat.rollout.wire import WorkerReady
+        from megatron_reheat.rollout.wire import WorkerReady, WorkerSettings
 
     try:
-        sampler = VLLMSampler(connection.recv())
+        settings = connection.recv()
+    except EOFError:
+        return 0  # the trainer has no use for an engine after all
+    assert isinstance(settings, WorkerSettings)
+    _print_to(settings.log_file)
+    try:
+        sampler = VLLMSampler(settings)
     except ReheatError as error:
         # what the user can act on travels as it is; a death would be answered by a restart that meets the same
         connection.send((0, error))
         return EXIT_UNREPAIRABLE
     connection.send((0, WorkerReady(sampler.vocab_size, sampler.max_model_len, time.monotonic())))
     return _serve(connection, sampler)
+
+
+def _print_to(log_file: str) -> None:
+    """Where it does already, unless this process was started before the run knew; then with what was printed before."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before, log = sys.stdout.fileno(), os.open(log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    if not os.path.samestat(os.fstat(before), os.fstat(log)):
+        os.write(log, os.pread(before, os.fstat(before).st_size, 0))
+        os.ftruncate(before, 0)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log, stream.fileno())
+    os.close(log)
 
 
 def _serve(connection: Connection, sampler: VLLMSampler) -> int:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import megatron_reheat
@@ -19,7 +22,10 @@ NOISE = re.compile(r"nanobind: | - leaked | - \.\.\. skipped|See https://nanobin
 
 
 class ModuleProcess:
-    """Starts at once, output appended to `log_file`; the module may be one of this package, installed or not."""
+    """Starts at once, output appended to `log_file`; the module may be one of this package, installed or not.
+
+    Without a `log_file` the output is kept in a temporary file, of which the module makes its own log (`log_to`).
+    """
 
     def __init__(
         self,
@@ -27,13 +33,14 @@ class ModuleProcess:
         arguments: Sequence[str],
         *,
         env: Mapping[str, str],
-        log_file: Path,
+        log_file: Path | None,
         pass_fds: Sequence[int] = (),
     ) -> None:
-        self._log_file = log_file
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        with log_file.open("ab") as log:
-            self._log_start = log.tell()
+        self._log_file, self._log_start = log_file, 0
+        self._aside = None if log_file is not None else tempfile.TemporaryFile()  # noqa: SIM115
+        if log_file is not None:
+            self.log_to(log_file)
+        with nullcontext(self._aside) if log_file is None else log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
                 env=with_package(env),
@@ -43,6 +50,12 @@ class ModuleProcess:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the trainer, which then ends this process in order
             )
+
+    def log_to(self, log_file: Path) -> None:
+        """Where the module is going to print, and takes what it has printed before; see `engine_process`."""
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        with log_file.open("ab") as log:
+            self._log_file, self._log_start = log_file, log.tell()
 
     @property
     def pid(self) -> int:
@@ -60,6 +73,13 @@ class ModuleProcess:
         self._process.wait()
 
     def _log_tail(self) -> str:
+        if self._log_file is None:
+            return ""
+        if self._aside is not None:  # what it has not taken to its log
+            self._aside.seek(0)
+            with self._log_file.open("ab") as log:
+                shutil.copyfileobj(self._aside, log)
+            self._aside.truncate(0)
         return log_tail(self._log_file, self._log_start)
 
 

@@ -14,9 +14,10 @@ from megatron_reheat.types import Completion, FloatArray, SamplingParams, TokenA
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What the trainer asks of a new engine process: vLLM's engine arguments."""
+    """What the trainer asks of a new engine process: vLLM's engine arguments, and where to print from now on."""
 
     options: dict[str, Any]
+    log_file: str
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from megatron_reheat.parallel.topology import Topology
 from megatron_reheat.ports import free_port
 from megatron_reheat.rollout.embedded import EmbeddedEngine
 from megatron_reheat.rollout.gpus import visible_gpus
+from megatron_reheat.rollout.head_start import HeadStart
 from megatron_reheat.rollout.rollout_engine import RolloutEngine
 from megatron_reheat.rollout.server.fleet import ServerFleet, new_label
 from megatron_reheat.rollout.server.guard import own_token, server_token
@@ -50,14 +51,16 @@ class _Model:
         return self.name is not None
 
 
-def start_sampler(config: Config, topology: Topology, inputs: Inputs) -> RolloutEngine | None:
+def start_sampler(
+    config: Config, topology: Topology, inputs: Inputs, head_start: HeadStart | None = None
+) -> RolloutEngine | None:
     """This rank's engine for the policy, starting; None where it holds none (`engine_seats`). A collective over all ranks.
 
     Raises:
         ConfigError: `rollout` asks for what this machine does not have.
     """
     rollout = config.rollout.model_copy(update={"max_model_len": inputs.max_model_len})
-    return _start(_Model(inputs.hf_folder, rollout, config.model.dtype), config, topology)
+    return _start(_Model(inputs.hf_folder, rollout, config.model.dtype), config, topology, head_start)
 
 
 def start_frozen(name: str, config: Config, topology: Topology, inputs: Inputs) -> RolloutEngine | None:
@@ -87,7 +90,9 @@ def frozen_weights(model: FrozenModel, rollout: RolloutConfig, topology: Topolog
     return weights
 
 
-def _start(model: _Model, config: Config, topology: Topology) -> RolloutEngine | None:
+def _start(
+    model: _Model, config: Config, topology: Topology, head_start: HeadStart | None = None
+) -> RolloutEngine | None:
     rollout, on_gpu = model.rollout, topology.device.type == "cuda"
     if rollout.mode == "server":
         return _start_fleet(model, config, topology)
@@ -110,6 +115,7 @@ def _start(model: _Model, config: Config, topology: Topology) -> RolloutEngine |
         gpus=range(first, first + rollout.tensor) if on_gpu else (),
         frozen=model.frozen,
         start=not (model.frozen and on_gpu),
+        head_start=head_start,
     )
 
 

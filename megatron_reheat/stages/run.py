@@ -32,6 +32,7 @@ from megatron_reheat.phases import announce
 from megatron_reheat.recipe import dump_config
 from megatron_reheat.rewards.pool import VerifierPool
 from megatron_reheat.rewards.self_check import ReferenceCheck, check_references, try_functions
+from megatron_reheat.rollout.head_start import HeadStart
 from megatron_reheat.run_folder import RunFolder
 from megatron_reheat.run_lock import RunLock
 from megatron_reheat.run_logger import RunLogger, StepRecord
@@ -54,8 +55,11 @@ from megatron_reheat.stop_request import asked_to_stop, how_to_go_on, stop_reque
 from megatron_reheat.types import At
 
 
-def train(config: Config) -> bool:
+def train(config: Config, head_start: HeadStart | None = None) -> bool:
     """Runs `config` to its end, from its own latest checkpoint, another run's (`run.fork_from`) or the start.
+
+    Args:
+        head_start: may have begun to start this rank's engine.
 
     Returns:
         False when it was asked to stop before the end (`stop_request`); everything is saved then.
@@ -65,7 +69,7 @@ def train(config: Config) -> bool:
     """
     try:
         with RunLock(config.run.path) if _is_main() else nullcontext():
-            return _train(config)
+            return _train(config, head_start)
     except RuntimeError as error:
         if isinstance(error, ReheatError) or not parallel_topology.is_lost_rank(error):
             raise
@@ -80,7 +84,7 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _train(config: Config) -> bool:
+def _train(config: Config, head_start: HeadStart | None) -> bool:
     announce("reading the model's folder and the data")
     inputs = read_inputs(config)
     if inputs.source is not None and (done := read_run_state(inputs.source).step) >= config.total_steps:
@@ -94,7 +98,7 @@ def _train(config: Config) -> bool:
     else:
         inputs = agree_on_date(inputs, config, topology)
         announce("starting vLLM and the graders, trying the data's references on these")
-        with Helpers(config, topology, inputs) as helpers:
+        with Helpers(config, topology, inputs, head_start) as helpers:
             # here, because the main rank has time for it while the engine starts
             references = helpers.check_references(inputs) if topology.is_main else None
             ended = Run(config, topology, inputs, helpers, references).go()
@@ -119,11 +123,11 @@ class Helpers:
     beside Megatron's.
     """
 
-    def __init__(self, config: Config, topology: Topology, inputs: Inputs) -> None:
+    def __init__(self, config: Config, topology: Topology, inputs: Inputs, head_start: HeadStart | None = None) -> None:
         leads = engine_seats(topology, config.rollout).is_leader
         if leads:
             RunFolder(config.run.path).make_folders()
-        self.sampler = start_sampler(config, topology, inputs)
+        self.sampler = start_sampler(config, topology, inputs, head_start)
         self.frozen = {name: start_frozen(name, config, topology, inputs) for name in inputs.frozen}
         self.verifiers = VerifierPool(config.reward) if leads else None
         self._own_functions = config.reward.kind == "function"

@@ -1,0 +1,108 @@
+"""An engine process that imports vLLM while its trainer still imports torch and Megatron and reads data.
+
+It is started from what the environment says alone. Whoever starts the engine later works out arguments and environment from
+all that is known then, and takes this process if they are the same, else another one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from megatron_reheat.config import Config, RolloutConfig
+from megatron_reheat.rollout.child_process import ChildProcess
+from megatron_reheat.rollout.engine_options import engine_environment
+from megatron_reheat.run_folder import RunFolder
+
+WORKER_MODULE = "megatron_reheat.rollout.engine_process"
+
+
+def worker_environment(rollout: RolloutConfig, local_engines: int, cores: int, gpus: Sequence[str]) -> dict[str, str]:
+    """Of an engine process.
+
+    Args:
+        local_engines: engines that share this machine's cores.
+        cores: that these may run on.
+        gpus: the engine's devices, by their names for CUDA_VISIBLE_DEVICES; none on a CPU.
+    """
+    env = engine_environment() | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": str(rollout.threads or max(1, cores // local_engines)),
+    }
+    if gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    elif rollout.enforce_eager:
+        env["TORCHDYNAMO_DISABLE"] = "1"  # vLLM still compiles small sampling helpers, which costs seconds
+    return env
+
+
+class HeadStart:
+    """A context manager around a rank's whole run, inside which `take` may be called; what nobody took is ended at its end.
+
+    Nothing is started for a rank that will hold no engine process, or a run that has no steps left.
+    """
+
+    def __init__(self, config: Config, world_size: int) -> None:
+        self._config, self._world_size = config, world_size
+        self._environment: dict[str, str] = {}
+        self._child: ChildProcess | None = None
+
+    def __enter__(self) -> Self:
+        saved = RunFolder(self._config.run.path).saved_step
+        is_finished = saved is not None and saved >= self._config.total_steps
+        if self._holds_engine() and not is_finished:
+            self._environment = self._expected_environment()
+            self._child = ChildProcess(WORKER_MODULE, [], env=self._environment, log_file=None)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._child is not None:
+            _give_up(self._child)
+            self._child = None
+
+    def take(self, arguments: Sequence[str], env: Mapping[str, str], log_file: Path) -> ChildProcess | None:
+        """The process that is waiting, if it lives and was started as is asked for here; it goes on in `log_file`."""
+        child, self._child = self._child, None
+        if child is None:
+            return None
+        if arguments or env != self._environment or not child.alive:
+            _give_up(child)
+            return None
+        child.log_to(log_file)
+        return child
+
+    def _holds_engine(self) -> bool:
+        """As `engine_seats` has it, of Megatron's order of ranks: tensor, then data, then pipeline."""
+        rank, parallel, rollout = int(os.environ.get("RANK", "0")), self._config.parallel, self._config.rollout
+        if rollout.mode == "server":
+            return False
+        if rollout.mode == "colocated":
+            return rank % rollout.tensor == 0
+        return rank % parallel.tensor == 0 and rank < self._world_size // parallel.pipeline
+
+    def _expected_environment(self) -> dict[str, str]:
+        parallel, rollout = self._config.parallel, self._config.rollout
+        ranks_per_engine = rollout.tensor if rollout.mode == "colocated" else parallel.tensor * parallel.pipeline
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        first = int(os.environ.get("LOCAL_RANK", "0"))
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = [name.strip() for name in named.split(",")] if named else list(map(str, range(first + rollout.tensor)))
+        gpus = names[first : first + rollout.tensor] if _has_gpus() else []
+        cores = len(os.sched_getaffinity(0))
+        return worker_environment(rollout, max(1, local_ranks // ranks_per_engine), cores, gpus)
+
+
+def _give_up(child: ChildProcess) -> None:
+    """It waits for its first message, which an `exit` is not."""
+    child.kill()
+    child.end()
+
+
+def _has_gpus() -> bool:
+    """As far as can be seen without torch."""
+    return Path("/dev/nvidia0").exists()
