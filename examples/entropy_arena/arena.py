@@ -21,7 +21,7 @@ from examples.countdown_cpu.demo import make_inputs
 from examples.countdown_cpu.make_model import make_model, make_tokenizer
 from examples.elsewhere import ROOT, Sections, joined, moved
 from examples.entropy_arena.recipes import CONTESTANTS, RECIPES
-from examples.entropy_arena.results import Result, draw, markdown, measured, read_all
+from examples.entropy_arena.results import Result, draw, effect_of_reheating, markdown, measured, read_all
 from examples.shares import share_out
 from megatron_reheat.commands.convert import to_hf
 from megatron_reheat.config import Config
@@ -187,7 +187,7 @@ def main() -> int:
     found = read_all(results)
     if not found:
         sys.exit(f"there are no results in {results} yet")
-    text = markdown(found)
+    text = markdown(found) + "\n" + effect_of_reheating(found)
     (results / "table.md").write_text(text)
     draw(found, results / "arena.png")
     print(text + f"figure: {results / 'arena.png'}")

@@ -174,6 +174,31 @@ def markdown(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def effect_of_reheating(results: Sequence[Result]) -> str:
+    """One sentence: with reheating minus without, of the same method and seed, where there was a round.
+
+    The mean over methods of each seed counts as one value, as its runs share a warm start. Empty where there is none.
+    """
+    done = {(r.method, r.seed, r.reheat): r for r in results if r.error is None}
+    pairs = [
+        (r, done[m, s, False]) for (m, s, reheat), r in done.items() if reheat and r.rounds and (m, s, False) in done
+    ]
+    if not pairs:
+        return ""
+    seeds = sorted({r.seed for r, _ in pairs})
+
+    def effect(of: Callable[[Result], float]) -> str:
+        per_seed = [statistics.fmean(of(a) - of(b) for a, b in pairs if a.seed == seed) for seed in seeds]
+        mean = Mean.of(per_seed)
+        return ("+" if mean.value >= 0 else "") + mean.show(3)
+
+    k = max(r.k for r in results)
+    return (
+        f"Reheating against none, {len(pairs)} pairs of runs, {len(seeds)} seeds: avg@{k} {effect(lambda r: r.avg)}, "
+        f"pass@{k} {effect(lambda r: r.pass_)}, entropy {effect(lambda r: r.entropy)} nats.\n"
+    )
+
+
 def draw(results: Sequence[Result], path: Path) -> None:
     """Every quantity as a mean with its interval, methods down the side."""
     shown = [row for row in rows(results) if row.values]

@@ -12,7 +12,7 @@ import pytest
 from examples.elsewhere import moved
 from examples.entropy_arena.arena import Contest, Settings, WarmStart
 from examples.entropy_arena.recipes import CONTESTANTS, RECIPES
-from examples.entropy_arena.results import Result, draw, markdown, measured, read_all, rows
+from examples.entropy_arena.results import Result, draw, effect_of_reheating, markdown, measured, read_all, rows
 from megatron_reheat.recipe import load_config
 
 
@@ -47,6 +47,16 @@ def test_rows_are_methods_with_and_without_reheating_and_grpo_is_first(recorded:
     assert [r.label for r in table] == ["grpo", "grpo + reheating", "avspo", "zeta"]
     assert [(r.seeds, r.failed) for r in table] == [(3, 0), (3, 0), (3, 0), (0, 1)]
     assert [r.rounds for r in table] == [0, 1, 0, 0]
+
+
+def test_the_effect_of_reheating_is_over_seeds_and_not_over_runs(recorded: Path) -> None:
+    for seed, (plain, reheated) in enumerate([(0.5, 0.5), (0.5, 0.54), (0.5, 0.5)]):
+        result("avspo", seed, plain).write(recorded)
+        result("avspo", seed, reheated, reheat=True, rounds=1).write(recorded)
+    text = effect_of_reheating(read_all(recorded))
+    # grpo's of seed 0 had no round; by seed: avspo's 0, the mean of -0.01 and 0.04, the mean of 0.02 and 0
+    assert text.startswith("Reheating against none, 5 pairs of runs, 3 seeds: avg@8 +0.008 ± 0.019, pass@8 +0.008")
+    assert effect_of_reheating([result("grpo", 0, 0.5)]) == ""
 
 
 def test_differences_are_paired_by_seed(recorded: Path) -> None:
