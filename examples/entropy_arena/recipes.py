@@ -9,5 +9,7 @@ RECIPES = {path.stem: path for path in sorted((ROOT / "yaml" / "methods").glob("
 # by name: the recipe and what is changed in it
 CONTESTANTS: dict[str, tuple[str, Sections]] = {
     **{name: (name, {}) for name in RECIPES},
+    # what methods with minibatches are to be compared with: as many updates of the same rollouts
+    "grpo_two_updates": ("grpo", {"rl": {"minibatch_prompts": 16}}),
     "opefo_exact": ("opefo", {"rl": {"options": {"variant": "exact"}}}),
 }
