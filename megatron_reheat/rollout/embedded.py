@@ -18,9 +18,9 @@ from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import EngineDied, WeightSyncError
 from megatron_reheat.rollout.checks import check_params, check_prompts
 from megatron_reheat.rollout.child_process import ChildProcess
-from megatron_reheat.rollout.engine_options import engine_options
+from megatron_reheat.rollout.engine_options import engine_environment, engine_options
 from megatron_reheat.rollout.gpus import visible_gpus
-from megatron_reheat.rollout.head_start import WORKER_MODULE, HeadStart, worker_environment
+from megatron_reheat.rollout.head_start import WORKER_MODULE, HeadStart, worker_variables
 from megatron_reheat.rollout.packed import Entry, aligned
 from megatron_reheat.rollout.rollout_engine import SyncReport
 from megatron_reheat.rollout.weight_buffer import DeviceBuffer, HostBuffer, SendBuffer
@@ -186,11 +186,12 @@ class EmbeddedEngine:
         self._policy_version = None
         self._started_at = time.monotonic()  # of this boot, so that parent and child read the same
         arguments = [",".join(map(str, self._cores))] if self._cores else []
-        env = self._environment()
+        variables = self._variables()
         child, head_start, self._head_start = None, self._head_start, None
         if head_start is not None:
-            child = head_start.take(arguments, env, self._log_file)
+            child = head_start.take(arguments, variables, self._log_file)
         if child is None:
+            env = engine_environment() | variables
             child = ChildProcess(WORKER_MODULE, arguments, env=env, log_file=self._log_file)
         self._child = child
         options = engine_options(
@@ -203,12 +204,12 @@ class EmbeddedEngine:
         child.send_settings(WorkerSettings(options, str(self._log_file.resolve())), self._config.start_timeout_s)
         return child
 
-    def _environment(self) -> dict[str, str]:
+    def _variables(self) -> dict[str, str]:
         names = visible_gpus() if self._gpus else ()
         if self._cores:
-            return worker_environment(self._config, 1, len(self._cores), [names[gpu] for gpu in self._gpus])
+            return worker_variables(self._config, 1, len(self._cores), [names[gpu] for gpu in self._gpus])
         cores = len(os.sched_getaffinity(0))
-        return worker_environment(self._config, self._local_engines, cores, [names[gpu] for gpu in self._gpus])
+        return worker_variables(self._config, self._local_engines, cores, [names[gpu] for gpu in self._gpus])
 
     def _call(self, operation: str, *arguments: Any) -> Any:
         assert self._child is not None

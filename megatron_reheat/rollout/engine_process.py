@@ -67,6 +67,7 @@ def _print_to(log_file: str) -> None:
         os.ftruncate(before, 0)
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log, stream.fileno())
+        print("vLLM was imported before the run asked for an engine", flush=True)
     os.close(log)
 
 

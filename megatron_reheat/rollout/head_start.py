@@ -1,6 +1,6 @@
 """An engine process that imports vLLM while its trainer still imports torch and Megatron and reads data.
 
-It is started from what the environment says alone. Whoever starts the engine later works out arguments and environment from
+It is started from what the environment says alone. Whoever starts the engine later works out arguments and variables from
 all that is known then, and takes this process if they are the same, else another one.
 """
 
@@ -20,23 +20,23 @@ from megatron_reheat.run_folder import RunFolder
 WORKER_MODULE = "megatron_reheat.rollout.engine_process"
 
 
-def worker_environment(rollout: RolloutConfig, local_engines: int, cores: int, gpus: Sequence[str]) -> dict[str, str]:
-    """Of an engine process.
+def worker_variables(rollout: RolloutConfig, local_engines: int, cores: int, gpus: Sequence[str]) -> dict[str, str]:
+    """Environment variables of an engine process, beside those of `engine_environment`.
 
     Args:
         local_engines: engines that share this machine's cores.
         cores: that these may run on.
         gpus: the engine's devices, by their names for CUDA_VISIBLE_DEVICES; none on a CPU.
     """
-    env = engine_environment() | {
+    variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": str(rollout.threads or max(1, cores // local_engines)),
     }
     if gpus:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     elif rollout.enforce_eager:
-        env["TORCHDYNAMO_DISABLE"] = "1"  # vLLM still compiles small sampling helpers, which costs seconds
-    return env
+        variables["TORCHDYNAMO_DISABLE"] = "1"  # vLLM still compiles small sampling helpers, which costs seconds
+    return variables
 
 
 class HeadStart:
@@ -47,15 +47,16 @@ class HeadStart:
 
     def __init__(self, config: Config, world_size: int) -> None:
         self._config, self._world_size = config, world_size
-        self._environment: dict[str, str] = {}
+        self._variables: dict[str, str] = {}
         self._child: ChildProcess | None = None
 
     def __enter__(self) -> Self:
         saved = RunFolder(self._config.run.path).saved_step
         is_finished = saved is not None and saved >= self._config.total_steps
         if self._holds_engine() and not is_finished:
-            self._environment = self._expected_environment()
-            self._child = ChildProcess(WORKER_MODULE, [], env=self._environment, log_file=None)
+            self._variables = self._expected_variables()
+            env = engine_environment() | self._variables
+            self._child = ChildProcess(WORKER_MODULE, [], env=env, log_file=None)
         return self
 
     def __exit__(
@@ -65,12 +66,12 @@ class HeadStart:
             _give_up(self._child)
             self._child = None
 
-    def take(self, arguments: Sequence[str], env: Mapping[str, str], log_file: Path) -> ChildProcess | None:
+    def take(self, arguments: Sequence[str], variables: Mapping[str, str], log_file: Path) -> ChildProcess | None:
         """The process that is waiting, if it lives and was started as is asked for here; it goes on in `log_file`."""
         child, self._child = self._child, None
         if child is None:
             return None
-        if arguments or env != self._environment or not child.alive:
+        if arguments or variables != self._variables or not child.alive:
             _give_up(child)
             return None
         child.log_to(log_file)
@@ -85,7 +86,7 @@ class HeadStart:
             return rank % rollout.tensor == 0
         return rank % parallel.tensor == 0 and rank < self._world_size // parallel.pipeline
 
-    def _expected_environment(self) -> dict[str, str]:
+    def _expected_variables(self) -> dict[str, str]:
         parallel, rollout = self._config.parallel, self._config.rollout
         ranks_per_engine = rollout.tensor if rollout.mode == "colocated" else parallel.tensor * parallel.pipeline
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -94,7 +95,7 @@ class HeadStart:
         names = [name.strip() for name in named.split(",")] if named else list(map(str, range(first + rollout.tensor)))
         gpus = names[first : first + rollout.tensor] if _has_gpus() else []
         cores = len(os.sched_getaffinity(0))
-        return worker_environment(rollout, max(1, local_ranks // ranks_per_engine), cores, gpus)
+        return worker_variables(rollout, max(1, local_ranks // ranks_per_engine), cores, gpus)
 
 
 def _give_up(child: ChildProcess) -> None:

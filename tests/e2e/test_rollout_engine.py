@@ -19,6 +19,7 @@ from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import ConfigError, EngineDied, ReheatError, WeightSyncError
 from megatron_reheat.rollout import embedded
 from megatron_reheat.rollout.embedded import EmbeddedEngine
+from megatron_reheat.rollout.engine_options import engine_environment
 from megatron_reheat.rollout.weight_buffer import HostBuffer
 from megatron_reheat.rollout.weight_sync import WeightSync, mismatch
 from megatron_reheat.types import SamplingParams
@@ -341,7 +342,7 @@ def test_the_engine_is_no_rank_of_the_trainers_job(tied, monkeypatch):
     torchrun = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "TORCHELASTIC_RUN_ID"]
     for variable in [*torchrun, "KEPT"]:
         monkeypatch.setenv(variable, "1")
-    environment = tied.engine._environment()
+    environment = engine_environment() | tied.engine._variables()
     assert environment.keys() & {*torchrun, "KEPT"} == {"KEPT"}
     assert environment["OMP_NUM_THREADS"] == "1"
 

@@ -95,6 +95,8 @@ def test_run_folder_is_complete_and_the_terminal_is_readable(whole):
     _, folder, result = whole
     assert (folder / "config.yaml").is_file() and any((folder / "tensorboard").iterdir())
     assert (folder / "rollouts" / "step-000007.jsonl").is_file()
+    for log in (folder / "logs").glob("vllm-*.log"):
+        assert "vLLM was imported before the run asked for an engine" in log.read_text()  # else it was started twice
     accuracies = {s["step"]: s["eval/avg_at_k"] for s in runs.steps_of(folder) if "eval/avg_at_k" in s}
     best = max(accuracies, key=lambda step: accuracies[step])  # the first of equals
     assert (folder / "checkpoints" / "best").read_text() == f"step-{best}"

@@ -47,7 +47,7 @@ def start(tmp_path: Path, world_size: int = 1, **sections: Any) -> HeadStart:
 
 
 def taken(waiting: HeadStart, log: Path, *arguments: str, **changes: str) -> ChildProcess | None:
-    return waiting.take(arguments, {**waiting._environment, **changes}, log)
+    return waiting.take(arguments, {**waiting._variables, **changes}, log)
 
 
 def test_who_asks_for_the_same_gets_it_with_all_that_it_printed(program: Path, tmp_path: Path) -> None:
@@ -55,10 +55,10 @@ def test_who_asks_for_the_same_gets_it_with_all_that_it_printed(program: Path, t
     with start(tmp_path) as waiting:
         assert not log.parent.exists()  # a run that is refused leaves nothing behind
         child = taken(waiting, log)
-        assert child is not None and waiting.take([], waiting._environment, log) is None
+        assert child is not None and waiting.take([], waiting._variables, log) is None
         child.send_settings(str(log), 30)
         assert child.receive(0, "start", timeout_s=60, timeout_key="") == "ready"
-    assert child.alive and log.read_text() == "early\nlate\n"
+    assert child.alive and log.read_text().splitlines()[::2] == ["early", "late"]
     child.kill()
     child.end()
 
@@ -127,13 +127,13 @@ def test_the_environment_is_what_an_engine_of_the_run_gets(tmp_path: Path, monke
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
-    env = start(tmp_path, 4, parallel={"tensor": 2, "data": 2})._expected_environment()
+    env = start(tmp_path, 4, parallel={"tensor": 2, "data": 2})._expected_variables()
     assert env["OMP_NUM_THREADS"] == "4" and "CUDA_VISIBLE_DEVICES" not in env
     monkeypatch.setattr(module, "_has_gpus", lambda: True)
     colocated = {"mode": "colocated", "tensor": 2}
-    assert start(tmp_path, 4, rollout=colocated)._expected_environment()["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert start(tmp_path, 4, rollout=colocated)._expected_variables()["CUDA_VISIBLE_DEVICES"] == "2,3"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7, 5,MIG-a,3")
-    assert start(tmp_path, 4, rollout=colocated)._expected_environment()["CUDA_VISIBLE_DEVICES"] == "MIG-a,3"
+    assert start(tmp_path, 4, rollout=colocated)._expected_variables()["CUDA_VISIBLE_DEVICES"] == "MIG-a,3"
 
 
 def test_it_starts_before_torch_is_imported() -> None:
