@@ -5,8 +5,8 @@
 All registered methods with a recipe in yaml/methods train in one process on the same engine, a step each in every round, in an
 order that changes, from the same warm start at a learning rate of almost nothing: the policy samples the same responses for all
 of them. A ratio is the median over rounds of the step's seconds by those of GRPO in the same round. The row `grpo again` is a
-second GRPO, so what it is off by is noise. Steps have one update; kl_cov, which has nothing to penalise in one, has two, as
-has the GRPO that it is compared with.
+second GRPO, so what it is off by is noise; `oisd_think` is `oisd` without its attention's term. Steps have one update; kl_cov,
+which has nothing to penalise in one, has two, as has the GRPO that it is compared with.
 """
 
 from __future__ import annotations
@@ -49,7 +49,12 @@ COLUMNS = ("step", *PHASES)
 TARGETS = {
     **dict.fromkeys(("opefo", "avspo", "clip_cov", "kl_cov", "gspo", "cispo", "sapo", "dppo"), ("step", 1.02)),
     "sdpg": ("update", 1.35),
-    "oisd": ("update", 1.15),
+    "oisd_think": ("update", 1.15),
+}
+# by name: the recipe, and what is changed in it
+MEASURED: dict[str, tuple[str, Sections]] = {
+    **{name: (name, {}) for name in RECIPES},
+    "oisd_think": ("oisd", {"rl": {"options": {"attention_coef": 0.0}}}),
 }
 
 
@@ -66,7 +71,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--warm-start", type=int, default=200, help="steps of imitation before")
-    parser.add_argument("--methods", nargs="+", choices=sorted(RECIPES), default=sorted(RECIPES))
+    parser.add_argument("--methods", nargs="+", choices=sorted(MEASURED), default=sorted(MEASURED))
     options = parser.parse_args()
     console = Console()
     console.width = max(console.width, 110)
@@ -107,11 +112,12 @@ def make_policy(place: Path, layers: int, width: int, steps: int) -> None:
 
 def config_of(name: str, place: Path) -> Config:
     """The method's recipe with batches like all the others', for a policy that stays as it is."""
-    recipe = RECIPES["grpo" if name in (AGAIN, TWICE) else name]
+    name_of_recipe, changes = MEASURED["grpo" if name in (AGAIN, TWICE) else name]
+    recipe = RECIPES[name_of_recipe]
     prompts = moved(recipe, place).rl.prompts_per_step
     minibatch = prompts // 2 if name in (*COMPARED_WITH_TWICE, TWICE) else None
     same: Sections = {"rl": {"minibatch_prompts": minibatch}, "optimizer": {"lr": 1e-12}, "sft": {"steps": 0}}
-    return moved(recipe, place, QUIET, same, {"run": {"name": name}})
+    return moved(recipe, place, QUIET, changes, same, {"run": {"name": name}})
 
 
 def measure(configs: dict[str, Config], rounds: int) -> dict[str, Figures]:
