@@ -313,7 +313,7 @@ class ReheatConfig(Section):
     def _moves(self) -> ReheatConfig:
         if self.teacher_temperature == 1.0:
             raise ValueError(
-                "teacher_temperature 1 has no loss: above 1 the policy is flattened, below 1 it is sharpened"
+                "teacher_temperature 1 has no loss; raise it above 1, or lower it for controller.action=cool"
             )
         return self
 

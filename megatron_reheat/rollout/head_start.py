@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -42,7 +43,7 @@ def worker_variables(rollout: RolloutConfig, local_engines: int, cores: int, gpu
 class HeadStart:
     """A context manager around a rank's whole run, inside which `take` may be called; what nobody took is ended at its end.
 
-    Nothing is started for a rank that will hold no engine process, or a run that has no steps left.
+    Nothing is started for a rank that will hold no engine process, or a run that has no steps left; nor where it cannot be.
     """
 
     def __init__(self, config: Config, world_size: int) -> None:
@@ -56,7 +57,8 @@ class HeadStart:
         if self._holds_engine() and not is_finished:
             self._variables = self._expected_variables()
             env = engine_environment() | self._variables
-            self._child = ChildProcess(WORKER_MODULE, [], env=env, log_file=None)
+            with suppress(OSError):  # what is wrong is said where the engine is started
+                self._child = ChildProcess(WORKER_MODULE, [], env=env, log_file=None)
         return self
 
     def __exit__(

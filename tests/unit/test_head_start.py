@@ -106,6 +106,12 @@ def test_no_engine_process_no_head_start(program: Path, tmp_path: Path, monkeypa
         assert waiting._child is None  # nothing is left to do
 
 
+def test_a_machine_that_starts_no_process_says_so_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path))
+    with start(tmp_path) as waiting:
+        assert taken(waiting, tmp_path / "engine.log") is None
+
+
 @pytest.mark.parametrize(("tensor", "data", "pipeline"), list(itertools.product((1, 2), (1, 2, 3), (1, 2))))
 def test_it_is_for_the_first_rank_of_each_replica(
     tensor: int, data: int, pipeline: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
