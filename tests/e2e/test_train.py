@@ -28,7 +28,7 @@ def root(tmp_path_factory):
 def whole(root):
     """One uninterrupted run through every stage; the others are compared with it."""
     recipe = runs.conversational(runs.recipe(root / "model", root), root)
-    recipe["checkpoint"]["borders"] = True
+    recipe["checkpoint"] = {**recipe["checkpoint"], "borders": True}
     recipe["logging"] = {"rollouts_per_step": 12}  # as many prompts as a reheating step has
     config = runs.write_recipe(recipe, root / "whole.yaml")
     result = runs.reheat("train", str(config), "run.name=whole", KEEP_BEST)
