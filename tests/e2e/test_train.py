@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from examples.countdown_cpu.make_model import make_tokenizer
 from tests.e2e import runs
@@ -34,6 +38,11 @@ def whole(root):
     result = runs.reheat("train", str(config), "run.name=whole", KEEP_BEST)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     return config, root / "whole", result
+
+
+def border(run: Path, side: str) -> dict[str, Tensor]:
+    """The weights on one side of the first round."""
+    return load_file(run / "borders" / f"round-1-{side}" / "model.safetensors")
 
 
 def test_every_stage_runs_and_is_on_record(whole):
@@ -194,6 +203,8 @@ def test_a_runaway_is_rolled_back_to_the_last_good_weights(trunk, arm):
     for name in ("eval/avg_at_k", "eval/pass_at_k", "eval/entropy"):
         assert arm[1][name] == collapsed[name]
     assert arm[1]["policy_version"] == collapsed["policy_version"] + 2
+    before, after = (border(trunk.parent / "arm", side) for side in ("before", "after"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_an_arm_that_is_flattened_goes_on_from_the_entropy_that_was_asked_for(whole, trunk):
@@ -210,3 +221,8 @@ def test_an_arm_that_is_flattened_goes_on_from_the_entropy_that_was_asked_for(wh
     assert second["entropy/mean"] == pytest.approx(target, rel=0.15)
     assert second["policy_version"] == first["policy_version"] + 1 == runs.steps_of(trunk)[-1]["policy_version"] + 3
     assert first["eval/entropy"] > 1.1 * runs.steps_of(trunk)[-1]["eval/entropy"]  # the border is evaluated
+    before, after = (border(folder.parent / "flat", side) for side in ("before", "after"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"model.norm.weight"}
+    scaled = after["model.norm.weight"] * first["flatten/temperature"]
+    torch.testing.assert_close(scaled, before["model.norm.weight"], rtol=1e-5, atol=0)

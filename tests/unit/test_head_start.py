@@ -58,8 +58,11 @@ def test_who_asks_for_the_same_gets_it_with_all_that_it_printed(program: Path, t
         assert child is not None and waiting.take([], waiting._variables, log) is None
         child.send_settings(str(log), 30)
         assert child.receive(0, "start", timeout_s=60, timeout_key="") == "ready"
-    assert child.alive and log.read_text().splitlines()[::2] == ["early", "late"]
-    child.kill()
+        assert child.alive and log.read_text().splitlines()[::2] == ["early", "late"]
+        child.kill()
+        with pytest.raises(EngineDied) as caught:
+            child.receive(1, "generate", timeout_s=60, timeout_key="")
+    assert str(caught.value).count("early") == log.read_text().count("early") == 1  # taken over, not copied
     child.end()
 
 
