@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_reheat.config import Config
-from megatron_reheat.recipe import load_config, parse_config
+from megatron_reheat.recipe import load_config, merged, parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = "runs/countdown"  # of whatever the recipes for the CPU read and write
@@ -16,24 +16,15 @@ Sections = Mapping[str, Mapping[str, Any]]
 
 
 def moved(recipe: Path, place: Path, *sections: Sections) -> Config:
-    """The recipe with what it reads and writes in `place`, under the same names, joined key by key with `sections`.
+    """The recipe with what it reads and writes in `place`, under the same names, with `sections` on top, key by key.
 
     Raises:
         ConfigError: these make no sense.
     """
     tree = _moved(load_config(recipe).model_dump(mode="json"), place)
     for changes in sections:
-        tree = joined(tree, changes)
+        tree = merged(tree, changes)
     return parse_config(tree)
-
-
-def joined(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`tree` with `changes`, which go into its sections key by key."""
-    result = dict(tree)
-    for key, value in changes.items():
-        both = isinstance(value, Mapping) and isinstance(tree.get(key), Mapping)
-        result[key] = joined(tree[key], value) if both else value
-    return result
 
 
 def _moved(value: Any, place: Path) -> Any:

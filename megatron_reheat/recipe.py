@@ -98,17 +98,18 @@ def _read_tree(path: Path, seen: tuple[Path, ...], origins: dict[str, str]) -> d
     if base == "":
         raise ConfigError(f"{path}: base is empty; name a recipe, or leave it out")
     if base is not None:
-        tree = _merge(_read_tree(path.parent / base, (*seen, path), origins), tree)
+        tree = merged(_read_tree(path.parent / base, (*seen, path), origins), tree)
     origins |= {key: f"{path.name}, line {line}" for key, line in lines.items()}
     return tree
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, mappings key by key."""
+    tree = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+        both = isinstance(value, Mapping) and isinstance(tree.get(key), Mapping)
+        tree[key] = merged(tree[key], value) if both else value
+    return tree
 
 
 def apply_override(tree: dict[str, Any], override: str) -> list[str]:
@@ -141,7 +142,7 @@ def apply_override(tree: dict[str, Any], override: str) -> list[str]:
     except ValueError:
         raise ConfigError(f"override {key}: {shown(text)} is not a valid YAML value; quote it") from None
     merges = any(_section_types(annotation)) and isinstance(value, dict) and isinstance(node.get(leaf), dict)
-    node[leaf] = _merge(node[leaf], value) if merges else value
+    node[leaf] = merged(node[leaf], value) if merges else value
     return list(_keys_of(value, key))
 
 

@@ -19,12 +19,13 @@ from typing import Any
 
 from examples.countdown_cpu.demo import make_inputs
 from examples.countdown_cpu.make_model import make_model, make_tokenizer
-from examples.elsewhere import ROOT, Sections, joined, moved
+from examples.elsewhere import ROOT, Sections, moved
 from examples.entropy_arena.recipes import CONTESTANTS, RECIPES
 from examples.entropy_arena.results import Result, draw, effect_of_reheating, markdown, measured, read_all
 from examples.shares import share_out
 from megatron_reheat.commands.convert import to_hf
 from megatron_reheat.config import Config
+from megatron_reheat.recipe import merged
 from megatron_reheat.run_folder import RunFolder, read_metrics
 from megatron_reheat.stages.series import RunSeries
 
@@ -127,10 +128,10 @@ class Contest:
         }
         recipe, sections = CONTESTANTS[self.method]
         action = "reheat" if self.reheat else "none"
-        sections = joined(sections, {"run": run, "controller": {"action": action}})
+        sections = merged(sections, {"run": run, "controller": {"action": action}})
         if recipe == "sdpg":  # the recipe's ramps, for as many steps
             rise = settings.steps // 8
-            sections = joined(
+            sections = merged(
                 sections, {"rl": {"options": {"warmup_steps": rise, "decay_steps": settings.steps - rise}}}
             )
         return settings.config(recipe, self.seed, sections)

@@ -15,7 +15,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.over_seeds import Mean
+from examples.over_seeds import Mean, rounded
 from megatron_reheat.analysis.look import DPI, LIGHT, style
 from megatron_reheat.analysis.tracks import stage_spans
 
@@ -55,19 +55,12 @@ class Result:
         """Numbers that a failed run does not have are null."""
         path = folder / self.file
         path.parent.mkdir(parents=True, exist_ok=True)
-        values = {k: None if isinstance(v, float) and math.isnan(v) else _short(v) for k, v in asdict(self).items()}
-        path.write_text(json.dumps(values) + "\n")
+        path.write_text(json.dumps(rounded(asdict(self))) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Result:
         values = {k: math.nan if v is None and k != "error" else v for k, v in json.loads(path.read_text()).items()}
         return cls(**{**values, "curve": tuple(values["curve"])})
-
-
-def _short(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_short(v) for v in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def measured(records: Sequence[dict[str, Any]], result: Result) -> Result:

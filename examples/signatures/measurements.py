@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from examples.countdown_cpu.demo import make_inputs
-from examples.elsewhere import ROOT, Sections, joined, moved
+from examples.elsewhere import ROOT, Sections, moved
+from examples.over_seeds import rounded
 from megatron_reheat.analysis.rounds import OVERALL
 from megatron_reheat.commands.convert import find_in_run, to_hf
 from megatron_reheat.config import Config, ModelConfig
@@ -22,6 +23,7 @@ from megatron_reheat.data.tokenizer import end_token_id
 from megatron_reheat.microscope.displacement import displacement
 from megatron_reheat.microscope.measure import measure
 from megatron_reheat.microscope.probe import read_probe, rollout_files
+from megatron_reheat.recipe import merged
 from megatron_reheat.run_folder import RunFolder, read_segments
 from megatron_reheat.stages.inputs import read_model
 from megatron_reheat.stages.series import RunSeries
@@ -61,10 +63,13 @@ class Settings:
     quick: bool
     steps: int
 
+    def place(self, seed: int) -> Path:
+        return self.runs / f"seed-{seed}"
+
     def config(self, seed: int, name: str, sections: Sections) -> Config:
         run = {"run": {"seed": seed, "name": name}}
         quick = (QUICK,) if self.quick else ()
-        return moved(RECIPE, self.runs / f"seed-{seed}", ALWAYS, *quick, run, sections)
+        return moved(RECIPE, self.place(seed), ALWAYS, *quick, run, sections)
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class Measurements:
     def write(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"seed-{self.seed}.json"
-        path.write_text(json.dumps(_short(asdict(self)), indent=1) + "\n")
+        path.write_text(json.dumps(rounded(asdict(self)), indent=1) + "\n")
         return path
 
     @classmethod
@@ -130,14 +135,6 @@ class Measurements:
         return cls(**values)
 
 
-def _short(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _short(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_short(inner) for inner in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
 @dataclass(frozen=True)
 class Seed:
     """A task of `examples.shares`."""
@@ -146,16 +143,12 @@ class Seed:
     seed: int
 
     @property
-    def folder(self) -> Path:
-        return self.settings.runs / f"seed-{self.seed}"
-
-    @property
     def is_done(self) -> bool:
         path = self.settings.results / f"seed-{self.seed}.json"
         return path.exists() and Measurements.read(path).steps == self.settings.steps
 
     def do(self, series: RunSeries) -> str:
-        make_inputs(self.folder, self.seed)
+        make_inputs(self.settings.place(self.seed), self.seed)
         path = SeedRuns(self.settings, self.seed, series).measurements().write(self.settings.results)
         return f"{path} is written"
 
@@ -168,9 +161,9 @@ class SeedRuns:
 
     def __init__(self, settings: Settings, seed: int, series: RunSeries) -> None:
         self.settings, self.seed, self.series = settings, seed, series
-        self.folder = settings.runs / f"seed-{seed}"
+        self.folder = settings.place(seed)
         plain = settings.config(seed, TRUNK, {})
-        self.controller, self.warm_steps, self.k = plain.controller, plain.sft.steps, plain.eval.num_samples
+        self.controller, self.k = plain.controller, plain.eval.num_samples
 
     def measurements(self) -> Measurements:
         start = self.run(START, run={"steps": 0})
@@ -182,7 +175,7 @@ class SeedRuns:
         forward = self.reheat(TEMPERATURES[0], "forward", self.settings.steps)
         entropies = {str(TEMPERATURES[0]): values_of(forward, "entropy/mean")}
         target_step = first_beyond(entropies[str(TEMPERATURES[0])], self.controller.reheat_to)
-        length = self.settings.steps if target_step is None else target_step
+        length = self.settings.steps if target_step is None else max(1, target_step)
         for temperature in TEMPERATURES[1:]:
             others = self.reheat(temperature, "forward", length + 1)
             entropies[str(temperature)] = values_of(others, "entropy/mean")
@@ -220,7 +213,7 @@ class SeedRuns:
 
     def run(self, name: str, sections: Sections | None = None, **more: Mapping[str, Any]) -> list[Record]:
         """The steps of the run's own."""
-        config = self.settings.config(self.seed, name, joined(sections or {}, more))
+        config = self.settings.config(self.seed, name, merged(sections or {}, more))
         path = config.run.path
         saved = RunFolder(path).saved_step
         if saved is None or not (saved == config.total_steps or _stopped(own_steps(path)[-1], saved)):

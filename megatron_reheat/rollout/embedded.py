@@ -18,9 +18,9 @@ from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import EngineDied, WeightSyncError
 from megatron_reheat.rollout.checks import check_params, check_prompts
 from megatron_reheat.rollout.child_process import ChildProcess
-from megatron_reheat.rollout.engine_options import engine_environment, engine_options
+from megatron_reheat.rollout.engine_options import engine_environment, engine_options, worker_variables
 from megatron_reheat.rollout.gpus import visible_gpus
-from megatron_reheat.rollout.head_start import WORKER_MODULE, HeadStart, worker_variables
+from megatron_reheat.rollout.head_start import WORKER_MODULE, HeadStart
 from megatron_reheat.rollout.packed import Entry, aligned
 from megatron_reheat.rollout.rollout_engine import SyncReport
 from megatron_reheat.rollout.weight_buffer import DeviceBuffer, HostBuffer, SendBuffer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_reheat.config import RolloutConfig
@@ -66,3 +66,22 @@ def engine_environment() -> dict[str, str]:
     env["VLLM_NO_USAGE_STATS"] = "1"
     env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # its own choice puts every engine on the same cores
     return env
+
+
+def worker_variables(rollout: RolloutConfig, local_engines: int, cores: int, gpus: Sequence[str]) -> dict[str, str]:
+    """Environment variables of an engine process, beside those of `engine_environment`.
+
+    Args:
+        local_engines: engines that share this machine's cores.
+        cores: that these may run on.
+        gpus: the engine's devices, by their names for CUDA_VISIBLE_DEVICES; none on a CPU.
+    """
+    variables = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": str(rollout.threads or max(1, cores // local_engines)),
+    }
+    if gpus:
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    elif rollout.enforce_eager:
+        variables["TORCHDYNAMO_DISABLE"] = "1"  # vLLM still compiles small sampling helpers, which costs seconds
+    return variables

@@ -13,31 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megatron_reheat.config import Config, RolloutConfig
+from megatron_reheat.config import Config
 from megatron_reheat.rollout.child_process import ChildProcess
-from megatron_reheat.rollout.engine_options import engine_environment
+from megatron_reheat.rollout.engine_options import engine_environment, worker_variables
 from megatron_reheat.run_folder import RunFolder
 
 WORKER_MODULE = "megatron_reheat.rollout.engine_process"
-
-
-def worker_variables(rollout: RolloutConfig, local_engines: int, cores: int, gpus: Sequence[str]) -> dict[str, str]:
-    """Environment variables of an engine process, beside those of `engine_environment`.
-
-    Args:
-        local_engines: engines that share this machine's cores.
-        cores: that these may run on.
-        gpus: the engine's devices, by their names for CUDA_VISIBLE_DEVICES; none on a CPU.
-    """
-    variables = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": str(rollout.threads or max(1, cores // local_engines)),
-    }
-    if gpus:
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    elif rollout.enforce_eager:
-        variables["TORCHDYNAMO_DISABLE"] = "1"  # vLLM still compiles small sampling helpers, which costs seconds
-    return variables
 
 
 class HeadStart:
