@@ -175,9 +175,14 @@ def test_without_text_it_says_where_text_comes_from(compare, models, trained, ca
 
 @pytest.fixture
 def reheated(models: dict[str, Path], tmp_path: Path) -> Path:
-    """A run with a round of reheating, from the first model to the second, and a flattening, whose end was not kept."""
+    """A run with a round of reheating, from the first model to the second, and two of which one side was not kept."""
     run = RunFolder(tmp_path / "reheated")
-    for round_, side, name in ((1, "before", "first"), (1, "after", "second"), (2, "before", "third")):
+    for round_, side, name in (
+        (1, "before", "first"),
+        (1, "after", "second"),
+        (2, "before", "third"),
+        (3, "after", "third"),
+    ):
         shutil.copytree(models[name], run.border(round_, side))
     lines = [
         {"step": 30, "stage": "rlvr", "round": 0}, {"step": 31, "stage": "reheat", "round": 1, "entropy/mean": 0.1},

@@ -36,6 +36,7 @@ def test_a_result_survives_its_file(tmp_path: Path) -> None:
     for r in (one, failed):
         r.write(tmp_path)
     assert one.file == "seed-1/grpo-reheat.json" and failed.file == "seed-2/rlrt.json"
+    assert not any("NaN" in path.read_text() for path in tmp_path.rglob("*.json"))  # which is no JSON
     read = read_all(tmp_path)
     assert read[0] == one
     assert read[1].error == "ReheatError: no" and math.isnan(read[1].avg) and read[1].curve == ()
