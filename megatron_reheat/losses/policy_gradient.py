@@ -74,9 +74,9 @@ def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor
     return log_ratio(old_logprobs, rollout_logprobs).exp().detach()
 
 
-def tis_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, *, cap: float) -> Tensor:
-    """Token-level truncated importance weights min(pi_trainer / pi_rollout, cap), truncated from above only; detached."""
-    return importance_weights(old_logprobs, rollout_logprobs).clamp_max(cap)
+def token_importance(micro: MicroBatch) -> Tensor:
+    """The old policy's weight of each token that another one sampled."""
+    return importance_weights(micro.old_logprobs, micro.rollout_logprobs)
 
 
 class Surrogate(NamedTuple):
@@ -128,9 +128,11 @@ def surrogate_loss(
     entropy_coef: float,
     kl_coef: float = 0.0,
     kl_estimator: KLEstimator = "k3",
+    importance: Callable[[MicroBatch], Tensor] = token_importance,
 ) -> tuple[Tensor, MetricSums]:
     """Loss of one micro-batch and its metrics. Log-probabilities are taken at the temperature that sampled.
 
+    With `tis_cap`, the surrogate counts by `importance`, truncated there, from above only.
     With `kl_coef`, the column `REF_LOGPROBS` is there; the KL is not importance-weighted, as in verl.
 
     Metrics are means over the sampled tokens, so their expectations are under the policy that sampled. The exceptions are
@@ -144,8 +146,8 @@ def surrogate_loss(
     per_token, rows = surrogate(logprobs, micro)
     weights, truncated = torch.ones_like(per_token), torch.zeros_like(per_token)
     if tis_cap is not None:
-        per_token = per_token * tis_weights(micro.old_logprobs, micro.rollout_logprobs, cap=tis_cap)
-        weights = importance_weights(micro.old_logprobs, micro.rollout_logprobs)
+        weights = importance(micro)
+        per_token = per_token * weights.clamp_max(tis_cap)
         truncated = (weights > tis_cap).float()
     if entropy_coef:
         per_token = per_token - entropy_coef * entropy

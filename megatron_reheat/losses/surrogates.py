@@ -39,6 +39,11 @@ def sequence_clipped(logprobs: Tensor, micro: MicroBatch, *, clip_low: float, cl
     return Surrogate(torch.maximum(unclipped, clipped), rows)
 
 
+def response_importance(micro: MicroBatch) -> Tensor:
+    """GSPO: the geometric mean of the old policy's weights of a response's tokens, which another policy sampled."""
+    return _response_means(log_ratio(micro.old_logprobs, micro.rollout_logprobs), micro).exp()
+
+
 def _response_means(values: Tensor, micro: MicroBatch) -> Tensor:
     """[T] -> [T]: at every token of a sequence, the mean over its response."""
     borders = micro.cu_seqlens.long()

@@ -16,12 +16,12 @@ import numpy as np
 
 from megatron_reheat.losses.surrogates import SELECTED
 from megatron_reheat.methods.grpo import GRPO, Scoring
-from megatron_reheat.types import FloatArray, Scores, TrainBatch
+from megatron_reheat.types import FloatArray, Scores, TrainBatch, TrainSequence
 
 
 def covariances(batch: TrainBatch) -> FloatArray:
-    """[N] of the whole batch's response tokens in order, float64."""
-    logprobs = np.concatenate([s.old_logprobs for s in batch.sequences if s.old_logprobs is not None], dtype=np.float64)
+    """[N] of the whole batch's response tokens in order, float64; as its sampler says them where nobody scored it yet."""
+    logprobs = np.concatenate([_logprobs(s) for s in batch.sequences], dtype=np.float64)
     advantages = np.concatenate([np.broadcast_to(s.advantage, s.num_response_tokens) for s in batch.sequences])
     product: FloatArray = (logprobs - logprobs.mean()) * (advantages - advantages.mean(dtype=np.float64))
     return product
@@ -33,6 +33,12 @@ def with_selected(batch: TrainBatch, select: Callable[[FloatArray], np.ndarray])
     chosen[select(covariances(batch))] = 1.0
     borders = np.cumsum([s.num_response_tokens for s in batch.sequences])[:-1]
     return batch.with_extra(SELECTED, np.split(chosen, borders))
+
+
+def _logprobs(sequence: TrainSequence) -> FloatArray:
+    known = sequence.rollout_logprobs if sequence.old_logprobs is None else sequence.old_logprobs
+    assert known is not None
+    return known
 
 
 class CovarianceMethod(GRPO):

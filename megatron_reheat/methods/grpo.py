@@ -145,7 +145,7 @@ class GRPO:
     def __init_subclass__(cls) -> None:
         if "loss" in vars(cls) and "loss_keys" not in vars(cls):
             cls.loss_keys = ()
-        if {"loss", "weigh", "columns", "whole_sequences"} & vars(cls).keys() and "scores_in_loss" not in vars(cls):
+        if {"loss", "weigh", "columns"} & vars(cls).keys() and "scores_in_loss" not in vars(cls):
             cls.scores_in_loss = False
 
     def __init__(self, config: Config, options: Any, tools: Tools) -> None:

@@ -20,19 +20,18 @@ policy. verl's weight of a whole response is not normalized by its length, so th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
-import numpy as np
 from pydantic import Field
 
 from megatron_reheat.config import Config
 from megatron_reheat.config_fields import Section
 from megatron_reheat.losses.policy_gradient import SurrogateLoss
-from megatron_reheat.losses.surrogates import sequence_clipped
-from megatron_reheat.methods.grpo import GRPO, Scoring
-from megatron_reheat.types import Scores, TrainBatch, TrainSequence
+from megatron_reheat.losses.surrogates import response_importance, sequence_clipped
+from megatron_reheat.methods.grpo import GRPO
+from megatron_reheat.parallel.packing import Loss
+from megatron_reheat.types import At
 
 
 class GSPO(GRPO):
@@ -45,22 +44,15 @@ class GSPO(GRPO):
         clip_high: float = Field(default=4e-4, gt=0, description="and at most 1 + clip_high")
 
     whole_sequences: ClassVar[bool] = True
+    loss_keys, scores_in_loss = GRPO.loss_keys, True
 
     @classmethod
     def problems(cls, config: Config, options: Any) -> Iterator[str]:
         if config.rl.aggregation != "sequence_mean":
             yield "rl.method gspo weighs every response the same: set rl.aggregation=sequence_mean"
 
-    def weigh(self, batch: TrainBatch, scores: Scores, scoring: Scoring) -> TrainBatch:
-        """Every token of a response as far from its sampler as the response is, so that its weight is the response's."""
-        batch = super().weigh(batch, scores, scoring)
-        return TrainBatch(tuple(map(_evenly_sampled, batch.sequences)))
+    def loss(self, at: At) -> Loss:
+        return partial(super().loss(at), importance=response_importance)
 
     def surrogate(self) -> SurrogateLoss:
         return partial(sequence_clipped, clip_low=self.options.clip_low, clip_high=self.options.clip_high)
-
-
-def _evenly_sampled(sequence: TrainSequence) -> TrainSequence:
-    old, sampled = sequence.old_logprobs, sequence.rollout_logprobs
-    assert old is not None and sampled is not None  # as `weigh` leaves them
-    return replace(sequence, rollout_logprobs=old - (old - sampled).mean(dtype=np.float64).astype(np.float32))

@@ -144,10 +144,12 @@ class Engine:
         self._model.train()
         self._model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        assert not (whole_sequences and (views or taps or attention or score))
+        assert not (whole_sequences and (views or taps or attention))
         scored: list[Scored] | None = [] if score else None
-        in_chunks = ChunkedLoss(self.head, loss, states, attention, scored)
-        evaluate = WholeLoss(self.head, loss) if whole_sequences else in_chunks
+        in_chunks = self.head.is_fused and not whole_sequences
+        evaluate: Evaluate = (
+            ChunkedLoss(self.head, loss, states, attention, scored) if in_chunks else WholeLoss(self.head, loss, scored)
+        )
         self.module.taps = tuple(taps)
         self.module.attention_taps = () if attention is None else attention.layers
         try:

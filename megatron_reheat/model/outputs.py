@@ -63,22 +63,28 @@ class OutputHead:
 
 @dataclass(frozen=True)
 class WholeLoss:
-    """A loss that sees each micro-batch at once, which never splits a sequence."""
+    """A loss that sees each micro-batch at once, which never splits a sequence; any loss where the head is not fused.
+
+    What the pass says of the tokens' log-probabilities and entropies is kept in `scored`, if asked for.
+    """
 
     head: OutputHead
     loss: Loss
+    scored: list[Scored] | None
 
     def __call__(self, index: int, micro: MicroBatch, output: Tensor) -> Evaluated:
-        return self.loss(self.head.vocabulary(micro, output), micro)
+        said = _Said(self.scored)
+        evaluated = self.loss(self.head.vocabulary(micro, output), said.of(micro))
+        said.keep(micro, at=micro.positions)
+        return evaluated
 
 
 @dataclass(frozen=True)
 class ChunkedLoss:
-    """A loss that is a sum over tokens, and is asked for some at a time where the head is fused.
+    """A loss that is a sum over tokens, of the fused head, and is asked for some of them at a time.
 
     It finds what it compares the policy with in `micro.readings`: what the module's taps predict, and the views, whose hidden
-    states `views` has by name for each micro-batch (`ViewStates`). `attention` is added to it. What the pass says of the
-    tokens' log-probabilities and entropies is kept in `scored`, if asked for.
+    states `views` has by name for each micro-batch (`ViewStates`). `attention` is added to it; `scored` is as for `WholeLoss`.
     """
 
     head: OutputHead
@@ -88,24 +94,8 @@ class ChunkedLoss:
     scored: list[Scored] | None
 
     def __call__(self, index: int, micro: MicroBatch, output: Tensor) -> Evaluated:
-        answers: list[tuple[Tensor, Tensor]] = []
-        if self.scored is not None:
-            micro = replace(micro, keep=lambda *of_chunk: answers.append(of_chunk))
-        if not self.head.is_fused:
-            value, metrics = self.loss(self.head.vocabulary(micro, output), micro)
-            answers = [(logprobs[micro.positions], entropy[micro.positions]) for logprobs, entropy in answers]
-        else:
-            value, metrics = self._in_chunks(index, micro, output)
-        if self.scored is not None:
-            self.scored.append(micro.by_sequence(*map(torch.cat, zip(*answers, strict=True))) if answers else {})
-        if self.attention is None:
-            return value, metrics
-        term, sums = self.attention.loss(self._attended(), micro)
-        metrics.merge(sums)
-        return value + term, metrics
-
-    def _in_chunks(self, index: int, micro: MicroBatch, output: Tensor) -> Evaluated:
-        counted, metrics = micro.at(micro.positions), MetricSums()
+        said, metrics = _Said(self.scored), MetricSums()
+        counted = said.of(micro.at(micro.positions))
         taps = sorted(self.head.module.taps)
         # the policy's own, then the taps', then the views'
         trained = [self.head.hidden(part)[micro.positions] for part in output.chunk(1 + len(taps))]
@@ -119,12 +109,36 @@ class ChunkedLoss:
             metrics.merge(sums)
             return value
 
-        return self.head.sum_of(chunk_loss, hiddens), metrics
+        value = self.head.sum_of(chunk_loss, hiddens)
+        said.keep(micro)
+        if self.attention is None:
+            return value, metrics
+        term, sums = self.attention.loss(self._attended(), micro)
+        metrics.merge(sums)
+        return value + term, metrics
 
     def _attended(self) -> dict[int, Attention]:
         module = self.head.module
         attended, module.attended = module.attended, {}
         return {n: Attention(queries, keys, self.head.group) for n, (queries, keys) in attended.items()}
+
+
+@dataclass(frozen=True)
+class _Said:
+    """Log-probabilities and entropies of one micro-batch, as its loss reads them off, for `scored`; None wants none."""
+
+    scored: list[Scored] | None
+    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def of(self, micro: MicroBatch) -> MicroBatch:
+        """What the loss gets, which then says them (`MicroBatch.scored`)."""
+        return micro if self.scored is None else replace(micro, keep=lambda *part: self.parts.append(part))
+
+    def keep(self, micro: MicroBatch, at: Tensor | slice = slice(None)) -> None:
+        """All is said; `at` are the places of the response tokens in it."""
+        if self.scored is not None:
+            columns = [torch.cat(column)[at] for column in zip(*self.parts, strict=True)]
+            self.scored.append(micro.by_sequence(*columns) if columns else {})
 
 
 @dataclass(frozen=True)

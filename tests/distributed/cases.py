@@ -284,7 +284,7 @@ def _train_five_steps(folder: Path, **layout: Any) -> dict[str, Any]:
         return {"layout": layout, "metrics": history, "weights": weights, "alone": _scored_in_update(engine, grpo)}
 
 
-def _scored_in_update(engine: Any, loss: Any) -> list[Any]:
+def _scored_in_update(engine: Any, loss: Any, **options: Any) -> list[Any]:
     """Scores, metrics and weights of one update from the same state: of a batch that was scored before, and in the update."""
     batch, before = random_batch(seed=20), engine.snapshot()
     found = []
@@ -295,7 +295,7 @@ def _scored_in_update(engine: Any, loss: Any) -> list[Any]:
         if not in_update:
             scores = engine.score(batch, temperature=0.9)
             scored = batch.with_old_logprobs(scores.logprobs)
-        result = engine.update(scored, loss, lr=1e-3, weight_decay=0.01, score=in_update)
+        result = engine.update(scored, loss, lr=1e-3, weight_decay=0.01, score=in_update, **options)
         weights = {n: t.clone() for n, t in engine.iter_hf_weights()}
         found.append((result.scores if in_update else scores, result.metrics, weights))
     return found
@@ -545,18 +545,22 @@ def _trip(folder: Path, checkpoints: Path, trip: list[dict[str, Any]]) -> dict[s
 
 
 def sequence_losses(folder: Path, layouts: list[dict[str, Any]]) -> dict[str, Any]:
-    """One step of GSPO under each layout: loss, gradient norm and weights; and the same by transformers in float64."""
+    """One step of GSPO under each layout: loss, gradient norm and weights; and the same by transformers in float64. Then a step
+    that corrects for the sampler, scored before and in the update."""
     from megatron_reheat.losses.policy_gradient import surrogate_loss
-    from megatron_reheat.losses.surrogates import sequence_clipped
+    from megatron_reheat.losses.surrogates import response_importance, sequence_clipped
 
     gspo = partial(sequence_clipped, clip_low=0.05, clip_high=0.1)
     loss = partial(surrogate_loss, surrogate=gspo, sampling_temperature=0.9, tis_cap=None, entropy_coef=0.0)
     batch, results = _with_old_logprobs(folder, random_batch(seed=12)), []
     for layout in layouts:
         with running_engine(folder, **layout) as engine:
-            options = {"lr": 1e-3, "weight_decay": 0.0, "aggregation": "sequence_mean", "whole_sequences": True}
-            metrics = engine.update(batch, loss, **options).metrics
-            results.append({"metrics": metrics, "weights": {n: t.clone() for n, t in engine.iter_hf_weights()}})
+            options = {"aggregation": "sequence_mean", "whole_sequences": True}
+            metrics = engine.update(batch, loss, lr=1e-3, weight_decay=0.0, **options).metrics
+            weights = {n: t.clone() for n, t in engine.iter_hf_weights()}
+            corrected = partial(loss, tis_cap=0.8, importance=response_importance)
+            alone = _scored_in_update(engine, corrected, **options)
+            results.append({"metrics": metrics, "weights": weights, "alone": alone})
     return {"ours": results, "dense": _dense_gspo_step(folder, batch, 0.05, 0.1) if dist.get_rank() == 0 else None}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed.launch import launch
+from tests.distributed.scored_in_update import check_same_update
 from tests.tiny_models import save_tiny_model
 
 LAYOUTS = [
@@ -32,6 +33,8 @@ def test_gspo_is_the_dense_sequence_form(results, index):
         assert metrics["policy/loss"] == pytest.approx(dense["loss"], rel=1e-5)
         assert metrics["optimizer/grad_norm"] == pytest.approx(dense["norm"], rel=1e-4)
         assert metrics == pytest.approx(results[0]["ours"][0]["metrics"], rel=1e-5, abs=2e-7)
+    check_same_update(results[0]["ours"][index]["alone"], exact=LAYOUTS[index].get("fused_head", True))
+    assert 0 < results[0]["ours"][index]["alone"][1][1]["policy/tis_truncated_fraction"] < 1
     weights = results[0]["ours"][index]["weights"]
     assert weights
     for name, ours in weights.items():

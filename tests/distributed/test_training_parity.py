@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 
 from tests.distributed.launch import launch
+from tests.distributed.scored_in_update import check_same_update
 from tests.tiny_models import save_tiny_model
 
 RUNS = {
@@ -90,14 +91,4 @@ def test_sequence_mean_differs_from_token_mean_and_agrees_across_data_parallelis
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_update_that_scores_the_batch_itself_is_the_same_to_the_bit(trained, family, world_size):
     for run in trained(world_size)[family]:
-        (scores, metrics, weights), (own_scores, own_metrics, own_weights) = run["alone"]
-        exact = run["layout"].get("fused_head", True)
-        for name in ("logprobs", "entropies"):
-            pairs = zip(getattr(own_scores, name), getattr(scores, name), strict=True)
-            assert all(
-                (own == expected).all() if exact else own == pytest.approx(expected, abs=1e-6)
-                for own, expected in pairs
-            )
-        assert len(own_scores.logprobs) == len(scores.logprobs) > 0 and metrics["policy/ratio"] == 1.0
-        assert own_metrics == (metrics if exact else pytest.approx(metrics, rel=1e-6, abs=1e-9)), run["layout"]
-        assert all((own_weights[name] == weights[name]).all() for name in weights) or not exact
+        check_same_update(run["alone"], exact=run["layout"].get("fused_head", True))

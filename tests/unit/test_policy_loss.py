@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_reheat.losses.advantage import group_advantages, overlong_penalty
-from megatron_reheat.losses.policy_gradient import clipped_policy_loss, policy_loss, tis_weights
+from megatron_reheat.losses.policy_gradient import clipped_policy_loss, importance_weights, policy_loss
 from megatron_reheat.losses.reheat import reheat_loss
 from megatron_reheat.parallel.packing import MicroBatch, make_microbatches
 from megatron_reheat.parallel.vocab import VocabLogits
@@ -57,10 +57,10 @@ def test_log_ratio_is_clamped_before_exponentiation():
     assert result.ratio.item() == pytest.approx(math.exp(20.0))
 
 
-def test_tis_truncates_from_above_only_and_is_detached():
+def test_importance_weights_are_detached():
     old = torch.tensor([0.0, 0.0, 0.0], requires_grad=True)
-    weights = tis_weights(old, torch.tensor([-2.0, 0.5, 0.0]), cap=2.0)
-    torch.testing.assert_close(weights, torch.tensor([2.0, math.exp(-0.5), 1.0]))
+    weights = importance_weights(old, torch.tensor([-2.0, 0.5, 0.0]))
+    torch.testing.assert_close(weights, torch.tensor([math.exp(2.0), math.exp(-0.5), 1.0]))
     assert not weights.requires_grad
 
 

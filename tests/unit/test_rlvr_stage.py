@@ -86,7 +86,7 @@ def test_a_step_with_one_update_has_no_pass_of_its_own() -> None:
     ("rl", "sampled_at"),
     [
         ({"minibatch_prompts": 1}, 1.0),  # the second update is of another policy than sampled
-        ({"method": "gspo", "aggregation": "sequence_mean"}, 1.0),  # what it does follows from whole responses
+        ({"method": "opefo"}, 1.0),  # what it does follows from the whole batch
         ({}, 0.7),  # what was sampled at another temperature is trained on as the trainer scores it
     ],
 )
