@@ -7,14 +7,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from torch import Tensor
+
 from megatron_reheat.clock import Clock
 from megatron_reheat.config import Config
 from megatron_reheat.config_fields import Section
 from megatron_reheat.data.mixture import RunPrompts
 from megatron_reheat.losses.advantage import group_advantages, overlong_penalty
-from megatron_reheat.losses.policy_gradient import SurrogateLoss, clipped_surrogate, surrogate_loss
+from megatron_reheat.losses.policy_gradient import SurrogateLoss, clipped_surrogate, surrogate_loss, token_importance
 from megatron_reheat.parallel.attention import AttentionTerm
-from megatron_reheat.parallel.packing import Loss, PerToken
+from megatron_reheat.parallel.packing import Loss, MicroBatch, PerToken
 from megatron_reheat.types import (
     POLICY,
     At,
@@ -227,6 +229,7 @@ class GRPO:
             entropy_coef=self.entropy_coef,
             kl_coef=rl.kl_coef,
             kl_estimator=rl.kl_estimator,
+            importance=self.importance,
         )
 
     @property
@@ -238,6 +241,10 @@ class GRPO:
         """The policy gradient's part of the loss; importance sampling, entropy bonus and reference policy come on top."""
         rl = self.config.rl
         return partial(clipped_surrogate, clip_low=rl.clip_low, clip_high=rl.clip_high, dual_clip=rl.dual_clip)
+
+    def importance(self, micro: MicroBatch) -> Tensor:
+        """[T] what tokens count by that another policy than the old one sampled; `rl.tis_cap` truncates it."""
+        return token_importance(micro)
 
     def attention(self) -> AttentionTerm | None:
         """What the loss asks of how layers attend."""

@@ -24,14 +24,14 @@ from functools import partial
 from typing import Any, ClassVar
 
 from pydantic import Field
+from torch import Tensor
 
 from megatron_reheat.config import Config
 from megatron_reheat.config_fields import Section
 from megatron_reheat.losses.policy_gradient import SurrogateLoss
 from megatron_reheat.losses.surrogates import response_importance, sequence_clipped
 from megatron_reheat.methods.grpo import GRPO
-from megatron_reheat.parallel.packing import Loss
-from megatron_reheat.types import At
+from megatron_reheat.parallel.packing import MicroBatch
 
 
 class GSPO(GRPO):
@@ -44,15 +44,14 @@ class GSPO(GRPO):
         clip_high: float = Field(default=4e-4, gt=0, description="and at most 1 + clip_high")
 
     whole_sequences: ClassVar[bool] = True
-    loss_keys, scores_in_loss = GRPO.loss_keys, True
 
     @classmethod
     def problems(cls, config: Config, options: Any) -> Iterator[str]:
         if config.rl.aggregation != "sequence_mean":
             yield "rl.method gspo weighs every response the same: set rl.aggregation=sequence_mean"
 
-    def loss(self, at: At) -> Loss:
-        return partial(super().loss(at), importance=response_importance)
-
     def surrogate(self) -> SurrogateLoss:
         return partial(sequence_clipped, clip_low=self.options.clip_low, clip_high=self.options.clip_high)
+
+    def importance(self, micro: MicroBatch) -> Tensor:
+        return response_importance(micro)

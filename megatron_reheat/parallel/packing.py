@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_reheat.metrics import MetricSums
@@ -112,12 +113,12 @@ def make_microbatches(
 
     Every rank computes the same plan, so all get the same number of micro-batches without communicating; ranks that run
     short get micro-batches without a sequence, as do those whose sequences have no tokens. The loss does not depend on the
-    plan: weights are global. Batches of as many sequences that are read `beside` this one are cut alike: each has to name the
-    others. `attention_length` is that of a sequence whose attention takes as long as all else: replicas get as much to do as
-    each other, not as many tokens.
+    plan: weights are global. Batches of as many sequences that are read `beside` this one, one after the other, are cut
+    alike, so that none exceeds `microbatch_tokens`: each has to name the others. `attention_length` is that of a sequence whose
+    attention takes as long as all else: replicas get as much to do as each other, not as many tokens.
     """
-    lengths = [max(len(s.token_ids) for s in row) for row in zip(*(b.sequences for b in (batch, *beside)), strict=True)]
-    costs = [n * (1 + n / attention_length) for n in lengths]
+    lengths = np.array([[len(s.token_ids) for s in b.sequences] for b in (batch, *beside)]).T
+    costs = (lengths * (1 + lengths / attention_length)).sum(axis=1).tolist()
     plans = [_fill_bins(share, lengths, microbatch_tokens) for share in _balance(range(len(batch)), costs, data_size)]
     num_microbatches = max(len(plan) for plan in plans)
     mine = plans[data_rank] + [[] for _ in range(num_microbatches - len(plans[data_rank]))]
@@ -136,19 +137,18 @@ def _balance(indices: Sequence[int], costs: Sequence[float], num_ranks: int) -> 
     return shares
 
 
-def _fill_bins(indices: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit decreasing; sequences of like length meet, which keeps padded attention dense."""
+def _fill_bins(indices: Sequence[int], lengths: NDArray[np.int64], capacity: int) -> list[list[int]]:
+    """First-fit decreasing; sequences of like length meet, which keeps padded attention dense. `lengths` are [sequences,
+    batches], and `capacity` is that of each batch."""
     bins: list[list[int]] = []
-    space: list[int] = []
-    for index in _largest_first(indices, lengths):
-        length = lengths[index]
-        slot = next((i for i, free in enumerate(space) if free >= length), None)
-        if slot is None:
+    space = np.full((len(indices), lengths.shape[1]), capacity)
+    for index in _largest_first(indices, lengths.max(axis=1).tolist()):
+        fits = (space[: len(bins)] >= lengths[index]).all(axis=1)
+        slot = int(fits.argmax()) if fits.any() else len(bins)
+        if slot == len(bins):
             bins.append([])
-            space.append(capacity)
-            slot = len(bins) - 1
         bins[slot].append(index)
-        space[slot] -= length
+        space[slot] -= lengths[index]
     return bins
 
 

@@ -65,6 +65,18 @@ def test_what_has_no_tokens_is_left_out_and_planned_like_what_it_stands_for():
             assert theirs.tokens[:length].tolist() == np.concatenate([*kept, []]).tolist()
 
 
+def test_batches_that_are_read_one_after_the_other_share_a_plan_and_not_its_space():
+    batch = _batch([10, 10, 10, 10])
+    longer = _batch([30, 30, 10, 10])
+    view = TrainBatch((*longer.sequences[:2], *(s.left_out() for s in longer.sequences[2:])))
+    options = {"data_rank": 0, "data_size": 1, "microbatch_tokens": 60, "alignment": 1}
+    (own,), (read,) = (make_microbatches(a, beside=[b], **options) for a, b in ((batch, view), (view, batch)))
+    assert (own.sequence_indices, read.sequence_indices) == ((0, 1, 2, 3), (0, 1))
+    assert (len(own.tokens), len(read.tokens)) == (40, 60)
+    cut = make_microbatches(batch, beside=[longer], **options)
+    assert [m.sequence_indices for m in cut] == [(0, 1), (2, 3)]
+
+
 def test_positions_targets_and_masks_of_a_sequence():
     batch = _batch([5, 4])
     (micro,) = make_microbatches(batch, data_rank=0, data_size=1, microbatch_tokens=99, alignment=4)
