@@ -70,7 +70,7 @@ class WholeLoss:
 
     head: OutputHead
     loss: Loss
-    scored: list[Scored] | None
+    scored: list[Scored] | None = None
 
     def __call__(self, index: int, micro: MicroBatch, output: Tensor) -> Evaluated:
         said = _Said(self.scored)
