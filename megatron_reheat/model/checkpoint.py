@@ -12,6 +12,7 @@ Training draws no random numbers outside seeds derived from (run seed, step), so
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import re
@@ -22,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import xxhash
@@ -130,11 +131,13 @@ def _write_aside(
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
     topology.barrier()
+    logged = _LoggedErrors()
     try:
-        dist_checkpointing.save(sharded, str(partial))
+        with logged:
+            dist_checkpointing.save(sharded, str(partial))
     except CheckpointException as error:
         # the first rank knows what went wrong on each, the others that something did
-        reasons = [reason for reason, _ in error.failures.values()]
+        reasons = [*logged.errors, *(reason for reason, _ in error.failures.values())]
         failure = cannot_write(partial.parent, _reason(reasons[0]) if reasons else "another rank could not")
         failure.on_every_rank = True
         raise failure from None
@@ -155,6 +158,26 @@ def _write_aside(
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (*partial.rglob("*"), partial):
             fsync(path)
+
+
+class _LoggedErrors(logging.Handler):
+    """A context manager that keeps what Megatron's writer logs as an error on this rank, in `errors`; in 0.19 the reason stands
+    there alone."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.errors: list[BaseException] = []
+        self._logger = logging.getLogger(filesystem_async.__name__)
+
+    def __enter__(self) -> Self:
+        self._logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.errors.append(RuntimeError(record.getMessage()))
 
 
 def _reason(error: BaseException) -> str:
