@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -463,7 +464,7 @@ def test_the_card_tells_where_the_model_comes_from(run):
         "| reheat.teacher_temperature | 1.2 |",
         "| entropy/mean | 0.25 | 30 |",  # not the later step's
         "| eval/pass_at_k | 0.75 | 20 |",
-        f"| torch | {torch.__version__} |",
+        f"| torch | {version('torch')} |",
     ):
         assert line in card, line
     assert "12.3M parameters in bfloat16" in card and "Checked." in card
