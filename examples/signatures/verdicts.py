@@ -11,6 +11,7 @@ from examples.over_seeds import Mean
 from examples.signatures.measurements import TEMPERATURES, Measurements
 
 FIRST = str(TEMPERATURES[0])
+HARM = 0.02  # of avg@k: what "within noise" may cost at most
 SAME_ENTROPY = 0.01  # nats: the paper's "nearly the same trajectory"
 NEAR_ONE = 0.95  # of a share that is to be about 1
 SMALL_KL = 0.01  # nats; the paper's are about 0.002
@@ -97,8 +98,8 @@ def _target(seeds: list[Measurements]) -> Signature:
     for top_p, name in (("0.7", "avg at top-p 0.7"), ("1.0", "at 1.0")):
         change = _of(seeds, lambda m, p=top_p: m.reheated[p].avg - m.before[p].avg)
         parts.append(f"{name} {_signed(change)}")
-        unharmed = Verdict.OPEN if math.isinf(change.half) else Verdict.YES if change.high >= 0 else Verdict.NO
-        verdicts.append(unharmed)
+        # that a few seeds cannot tell a loss from none does not show that there is none
+        verdicts.append(_is_above(change, -HARM))
     verdicts.append(_in_all(len(steps), seeds))
     took = f" ({Mean.of(steps).show(0)} steps)" if steps else ""
     return Signature(
