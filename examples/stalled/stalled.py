@@ -27,7 +27,8 @@ from megatron_reheat.stages.series import RunSeries
 
 HERE = Path(__file__).parent
 RECIPE = ROOT / "yaml" / "countdown_cpu.yaml"
-TRAIN_PROBLEMS, HELD_OUT = 1000, 512
+TRAIN_PROBLEMS = 1000
+HELD_OUT, QUICK_HELD_OUT = 512, 64
 STALL_STEPS, ARM_STEPS = 500, 150
 QUICK_STALL_STEPS, QUICK_ARM_STEPS = 4, 10
 ALWAYS: Sections = {
@@ -41,7 +42,7 @@ ALWAYS: Sections = {
     "logging": {"console": False, "tensorboard": False, "rollouts_per_step": 0},
 }
 QUICK: Sections = {
-    "sft": {"steps": 150, "batch_size": 128, "warmup_steps": 10},
+    "sft": {"steps": 40, "batch_size": 128, "warmup_steps": 10},
     "rl": {"prompts_per_step": 16, "group_size": 4},
     "reheat": {"prompts_per_step": 32},
     "controller": {
@@ -120,7 +121,7 @@ class Trial:
 
     def do(self, series: RunSeries) -> str:
         settings, seed, place = self.settings, self.seed, self.settings.place(self.seed)
-        make_problems(place, seed)
+        make_problems(place, seed, QUICK_HELD_OUT if settings.quick else HELD_OUT)
         _train(series, settings.warm(seed))
         if not (place / "warm-hf").exists():
             to_hf(place / "warm", place / "warm-hf", verify=False)
@@ -138,7 +139,7 @@ class Trial:
         return [name for name in self.arms if not (self.settings.results / Outcome.file(name, self.seed)).exists()]
 
 
-def make_problems(place: Path, seed: int) -> None:
+def make_problems(place: Path, seed: int, held_out: int) -> None:
     """The demo's, with more held out, and few to do RL on."""
     if not (place / "task" / "eval.jsonl").exists():
         command = [
@@ -147,7 +148,7 @@ def make_problems(place: Path, seed: int) -> None:
             "examples.countdown_cpu.make_task",
             str(place / "task"),
             "--eval",
-            str(HELD_OUT),
+            str(held_out),
         ]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     make_inputs(place, seed)
