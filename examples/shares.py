@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import signal
@@ -9,8 +10,10 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
+from examples.elsewhere import ROOT
 from megatron_reheat.config import Config
 from megatron_reheat.processes import die_with_parent
 from megatron_reheat.stages.series import RunSeries
@@ -26,6 +29,24 @@ class Task(Protocol):
     def failed(self, error: Exception) -> None:
         """Puts an error on record; the tasks that come next are tried all the same."""
         ...
+
+
+def parser_of(text: str | None, seeds: Sequence[int]) -> argparse.ArgumentParser:
+    """What every experiment over seeds is asked for; `places_of` reads two of the answers."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(seeds))
+    parser.add_argument("--quick", action="store_true", help="a few small steps, to see that everything runs")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes, one on each core")
+    parser.add_argument("--runs", type=Path, help="default: a folder of runs/, another one with --quick")
+    parser.add_argument("--results", type=Path, help="default: beside this script, with --quick in the runs' folder")
+    parser.add_argument("--table", action="store_true", help="only draw what is there")
+    return parser
+
+
+def places_of(options: argparse.Namespace, script: Path) -> tuple[Path, Path]:
+    """Where the experiment's runs lie, and where what is worth keeping goes."""
+    runs = (options.runs or ROOT / "runs" / (script.stem + "-quick" * options.quick)).resolve()
+    return runs, options.results or (runs / "results" if options.quick else script.parent / "results")
 
 
 def share_out(tasks: Sequence[Task], first: Config, jobs: int) -> None:

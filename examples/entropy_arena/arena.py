@@ -9,8 +9,6 @@ what was cut off from its last checkpoint. A run that fails is on record as such
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,17 +17,16 @@ from typing import Any
 
 from examples.countdown_cpu.demo import make_inputs
 from examples.countdown_cpu.make_model import make_model, make_tokenizer
-from examples.elsewhere import ROOT, Sections, moved
+from examples.elsewhere import Sections, moved
 from examples.entropy_arena.recipes import CONTESTANTS, RECIPES
 from examples.entropy_arena.results import Result, draw, effect_of_reheating, markdown, measured, read_all
-from examples.shares import share_out
+from examples.shares import parser_of, places_of, share_out
 from megatron_reheat.commands.convert import to_hf
 from megatron_reheat.config import Config
 from megatron_reheat.recipe import merged
 from megatron_reheat.run_folder import RunFolder, read_metrics
 from megatron_reheat.stages.series import RunSeries
 
-HERE = Path(__file__).parent
 TRUNK, EXPLORER_TRUNK = "trunk", "explorer-trunk"
 STARTS = {
     TRUNK: "model",
@@ -169,18 +166,11 @@ class Contest:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, range(3))
     parser.add_argument("--methods", nargs="+", choices=sorted(CONTESTANTS), default=sorted(CONTESTANTS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=None, help="after the warm start; 200, with --quick 6")
-    parser.add_argument("--quick", action="store_true", help="a few small steps, to see that everything runs")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes, one on each core")
-    parser.add_argument("--runs", type=Path, help="default: runs/arena, with --quick runs/arena-quick")
-    parser.add_argument("--results", type=Path, help="default: beside this script, with --quick in the runs' folder")
-    parser.add_argument("--table", action="store_true", help="only draw what is there")
     options = parser.parse_args()
-    runs = (options.runs or ROOT / "runs" / ("arena-quick" if options.quick else "arena")).resolve()
-    results = options.results or (runs / "results" if options.quick else HERE / "results")
+    runs, results = places_of(options, Path(__file__))
     settings = Settings(runs, results, options.steps or (6 if options.quick else 200), options.quick)
     if not options.table:
         contests = [Contest(settings, m, r, s) for s in options.seeds for m in options.methods for r in (False, True)]

@@ -9,32 +9,20 @@ off from its last checkpoint.
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from pathlib import Path
 
-from examples.elsewhere import ROOT
-from examples.shares import share_out
+from examples.shares import parser_of, places_of, share_out
 from examples.signatures.figure import draw
 from examples.signatures.measurements import TRUNK, Measurements, Seed, Settings
 from examples.signatures.verdicts import markdown
 
-HERE = Path(__file__).parent
 STEPS, QUICK_STEPS = 60, 4
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--quick", action="store_true", help="a few small steps, to see that everything runs")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes, one on each core")
-    parser.add_argument("--runs", type=Path, help="default: runs/signatures, with --quick runs/signatures-quick")
-    parser.add_argument("--results", type=Path, help="default: beside this script, with --quick in the runs' folder")
-    parser.add_argument("--table", action="store_true", help="only draw what is there")
-    options = parser.parse_args()
-    runs = (options.runs or ROOT / "runs" / ("signatures-quick" if options.quick else "signatures")).resolve()
-    results = options.results or (runs / "results" if options.quick else HERE / "results")
+    options = parser_of(__doc__, range(3)).parse_args()
+    runs, results = places_of(options, Path(__file__))
     settings = Settings(runs, results, options.quick, QUICK_STEPS if options.quick else STEPS)
     seeds = [Seed(settings, seed) for seed in options.seeds]
     if not options.table:

@@ -9,8 +9,6 @@ which figure counts, written before the runs.
 
 from __future__ import annotations
 
-import argparse
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,14 +16,13 @@ from pathlib import Path
 
 from examples.countdown_cpu.demo import make_inputs
 from examples.elsewhere import ROOT, Sections, moved
-from examples.shares import share_out
+from examples.shares import parser_of, places_of, share_out
 from examples.stalled.results import CONTROL, Outcome, Stall, draw, markdown
 from megatron_reheat.commands.convert import to_hf
 from megatron_reheat.config import Config
 from megatron_reheat.run_folder import RunFolder, read_segments
 from megatron_reheat.stages.series import RunSeries
 
-HERE = Path(__file__).parent
 RECIPE = ROOT / "yaml" / "countdown_cpu.yaml"
 TRAIN_PROBLEMS = 1000
 HELD_OUT, QUICK_HELD_OUT = 512, 64
@@ -164,19 +161,10 @@ def _train(series: RunSeries, config: Config) -> list[dict[str, float]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4, 5])
+    parser = parser_of(__doc__, range(6))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--quick", action="store_true", help="a few small steps, to see that everything runs")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes, one on each core")
-    parser.add_argument("--runs", type=Path, help="default: runs/stalled, with --quick runs/stalled-quick")
-    parser.add_argument("--results", type=Path, help="default: beside this script, with --quick in the runs' folder")
-    parser.add_argument("--table", action="store_true", help="only draw what is there")
     options = parser.parse_args()
-    runs = (options.runs or ROOT / "runs" / ("stalled-quick" if options.quick else "stalled")).resolve()
-    settings = Settings(
-        runs, options.results or (runs / "results" if options.quick else HERE / "results"), options.quick
-    )
+    settings = Settings(*places_of(options, Path(__file__)), options.quick)
     trials = [Trial(settings, seed, tuple(options.arms)) for seed in options.seeds]
     if not options.table:
         share_out([trial for trial in trials if not trial.is_done], settings.warm(options.seeds[0]), options.jobs)
