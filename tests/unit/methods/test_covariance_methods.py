@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_reheat.errors import ConfigError
-from megatron_reheat.types import Collected, TrainBatch
+from megatron_reheat.types import Collected, Completion, Group, Prompt, Reward, Scores, TrainBatch
 from tests.unit.methods.batches import AT, check, columns, make_case, make_method, run
 
 SEVERAL = {"prompts_per_step": 4, "minibatch_prompts": 2}
@@ -54,6 +54,26 @@ def test_clip_cov_takes_some_tokens_within_the_bounds_out_of_the_loss():
     check(loss, gradient, torch.cat(terms).mean(), dense)
     assert metrics["clip_cov/detached_fraction"] == pytest.approx(selected.mean())
     assert method.metrics() == {"clip_cov/candidate_fraction": inside.mean()}
+
+
+def test_clip_cov_chooses_by_the_samplers_log_probabilities_before_anybody_scores():
+    generator = np.random.default_rng(5)
+    rows = [-generator.exponential(1.0, n).astype(np.float32) for n in (3, 5, 2, 6)]
+    completions = tuple(Completion(np.ones(len(row), np.int32), row, 1.0, 0, "stop") for row in rows)
+    group = Group(Prompt(0, "", (1, 2), {}), completions, tuple(Reward(float(r), bool(r)) for r in (1, 0, 0, 1)))
+    method = make_method("clip_cov", {"fraction": 1.0, "low": 0.0, "high": 9.0}, dual_clip=3.0)
+    batch = method.batch(Collected([group], [group], [], {}), AT)
+    advantages = np.concatenate([np.full(len(r), s.advantage) for r, s in zip(rows, batch.sequences, strict=True)])
+
+    def is_candidate(of: list[np.ndarray]) -> np.ndarray:
+        logprobs = np.concatenate(of).astype(np.float64)
+        return (logprobs - logprobs.mean()) * (advantages - advantages.mean()) > 0
+
+    first, anew = is_candidate(rows), is_candidate(own := [row[::-1].copy() for row in rows])
+    assert np.array_equal(selected_of(batch), first) and not np.array_equal(first, anew)
+    assert method.metrics() == {"clip_cov/candidate_fraction": first.mean()}
+    # and anew by the trainer's, where it scores the batch
+    assert np.array_equal(selected_of(method.weigh(batch, Scores(own, rows), None)), anew)
 
 
 def test_clip_cov_draws_anew_each_step_and_alike_on_every_rank():
