@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from examples.elsewhere import ROOT
+from examples.shares import parser_of, places_of
 from examples.stalled.results import CONTROL, STRETCH, Curves, Outcome, Stall, against_control, draw, markdown
 from examples.stalled.stalled import ARMS, Settings
 
@@ -80,3 +82,20 @@ def test_every_arm_goes_on_from_the_stalled_policy_with_the_same_rl(tmp_path: Pa
             stalled.optimizer, stalled.data, stalled.model, stalled.rollout
         )  # fmt: skip
         assert arm.rl == stalled.rl or name == "entropy-bonus"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "runs", "results"),
+    [
+        ([], "runs/stalled", "examples/stalled/results"),
+        (["--quick"], "runs/stalled-quick", "runs/stalled-quick/results"),
+        (["--quick", "--runs", "/r"], "/r", "/r/results"),
+        (["--runs", "/r", "--results", "/s"], "/r", "/s"),
+    ],
+)
+def test_what_is_worth_keeping_lies_beside_the_script_unless_it_is_quick(
+    arguments: list[str], runs: str, results: str
+) -> None:
+    options = parser_of("", [3, 4]).parse_args(arguments)
+    script = ROOT / "examples" / "stalled" / "stalled.py"
+    assert places_of(options, script) == (ROOT / runs, ROOT / results) and options.seeds == [3, 4]
