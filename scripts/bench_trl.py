@@ -1,6 +1,8 @@
-"""A step of GRPO on the countdown demo, end to end, beside TRL's on the same machine; `pip install trl accelerate` first.
+"""A step of GRPO on the countdown demo, end to end, beside TRL's on the same machine.
 
     python -m scripts.bench_trl [--rounds 3] [--steps 20] [--layers 3 --width 96] [--max-tokens 16] [--only ours trl]
+
+`pip install --no-deps trl accelerate` first.
 
 Two processes of one thread each for every side, the same warm start, prompts, group size and loss, a learning rate of
 almost nothing: all sample and train the same policy. A round runs each side once, one after the other; a run's step is the

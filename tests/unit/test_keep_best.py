@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 from datetime import date
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_reheat.checkpoint_folder import set_newer_aside
@@ -372,6 +374,13 @@ def in_a_writer(*_: Any) -> None:
     raise CheckpointException("write", {0: (RuntimeError(f"Worker failure: Local process 1: {FULL}"), None)})
 
 
+def in_a_writer_of_0_19(*_: Any) -> None:
+    """The reason is logged, what is raised names a type."""
+    logging.getLogger(filesystem_async.__name__).error("Local worker 0 encountered an error: %s", FULL)
+    said = "Worker failure: An error is caught while starting worker 0, error: <class 'OSError'>"
+    raise CheckpointException("write", {0: (RuntimeError(said), None)})
+
+
 def in_another_ranks_writer(*_: Any) -> None:
     raise CheckpointException("write", {})
 
@@ -385,6 +394,7 @@ def in_torch(*_: Any) -> None:
     [
         ("megatron_reheat.model.checkpoint.dist_checkpointing.save", refuse, "No space left on device"),
         ("megatron_reheat.model.checkpoint.dist_checkpointing.save", in_a_writer, "No space left on device"),
+        ("megatron_reheat.model.checkpoint.dist_checkpointing.save", in_a_writer_of_0_19, "No space left on device"),
         ("megatron_reheat.model.checkpoint.dist_checkpointing.save", in_another_ranks_writer, "another rank could not"),
         ("megatron_reheat.model.checkpoint.dist_checkpointing.save", in_torch, "a file could not be written in full"),
         ("megatron_reheat.model.checkpoint.fsync", refuse, "No space left on device"),

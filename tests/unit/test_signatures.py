@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.image
 import pytest
 
+from examples.elsewhere import ROOT
 from examples.signatures.figure import draw
 from examples.signatures.measurements import Measurements, Score, Seed, Settings, first_beyond, own_steps
 from examples.signatures.verdicts import Verdict, markdown, signatures
@@ -104,6 +105,12 @@ def test_measurements_survive_their_file_and_the_table_names_them_all(tmp_path: 
     assert len(lines) == 9 and all(line.count("|") == 5 and line.endswith("reproduced |") for line in lines[2:])
     draw(SEEDS, tmp_path / "figure.png")
     assert matplotlib.image.imread(tmp_path / "figure.png").shape[0] > 500
+
+
+def test_the_table_that_is_kept_and_shown_is_made_of_the_results_that_are_kept() -> None:
+    place = ROOT / "examples" / "signatures"
+    table = markdown([Measurements.read(path) for path in sorted((place / "results").glob("seed-*.json"))])
+    assert (place / "results" / "table.md").read_text() == table and table in (place / "README.md").read_text()
 
 
 def test_a_seed_that_is_measured_is_not_measured_again(tmp_path: Path) -> None:

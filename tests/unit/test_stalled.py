@@ -70,6 +70,13 @@ def test_results_survive_their_files_and_are_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "stalled.png").stat().st_size > 10_000
 
 
+def test_the_table_that_is_kept_is_made_of_the_results_that_are_kept() -> None:
+    kept = ROOT / "examples" / "stalled" / "results"
+    stalls = [Stall.read(p) for p in sorted(kept.glob("seed-*/stall.json"))]
+    outcomes = [Outcome.read(p) for p in sorted(kept.glob("seed-*/arm-*.json"))]
+    assert len(stalls) >= 2 and (kept / "table.md").read_text() == markdown(stalls, outcomes)
+
+
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_arm_goes_on_from_the_stalled_policy_with_the_same_rl(tmp_path: Path, quick: bool) -> None:
     settings = Settings(tmp_path / "runs", tmp_path / "results", quick)
