@@ -11,14 +11,14 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_reheat.cluster.launch import end_with_launcher, is_launched, is_launchers_own, launch_here
+from megatron_reheat.cluster.launch import become_rank, heed_stop_signals, is_launched, is_launchers_own, launch_here
 from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError, RankLost, ReheatError, print_error
 from megatron_reheat.large_imports import large_imports
@@ -34,6 +34,9 @@ from megatron_reheat.stop_request import (
     stopped_by,
 )
 
+if TYPE_CHECKING:
+    from megatron_reheat.rollout.fork_server import ForkServer
+
 # many times the launcher's monitoring interval
 SECONDARY_FAILURE_WAIT_S = 3.0
 
@@ -42,8 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status. Errors meant for the user are one line on stderr, without a traceback."""
     parsed = _parser().parse_args(arguments)
     _quiet_libraries()
+    return _reporting_errors(partial(parsed.run, parsed))
+
+
+def _reporting_errors(run: Callable[[], int]) -> int:
+    """In the process that the user started, or in a rank."""
     try:
-        return parsed.run(parsed)
+        return run()
     except ReheatError as error:
         if isinstance(error, RankLost):
             _wait_for_the_first_error()
@@ -289,19 +297,45 @@ def _eval(parsed: argparse.Namespace) -> int:
 def _train(parsed: argparse.Namespace) -> int:
     hold_stop_signals()
     config = load_config(parsed.config, parsed.overrides)
-    is_rank = "RANK" in os.environ
     world_size = _world_size(config)
-    end_with_launcher()
+    if world_size > 1 and "RANK" not in os.environ:
+        return _launch(config, world_size, parsed)
+    if "RANK" in os.environ:
+        become_rank()
+    _check_gpu_start(config, world_size, parsed)
+    return _run(config, world_size)
+
+
+def _launch(config: Config, world_size: int, parsed: argparse.Namespace) -> int:
+    """Ranks on GPUs are interpreters of their own; others share the imports of this one, and their engines each other's."""
+    from megatron_reheat.rollout.head_start import has_gpus, start_fork_server
+
+    folder = RunFolder(config.run.path)
+    heed_stop_signals(folder, config.run.stop_grace_s)
+    let_announce(config.logging.console)
+    with start_fork_server(config, world_size) or contextlib.nullcontext() as fork_server:
+        _check_gpu_start(config, world_size, parsed)
+        run: Sequence[str] | Callable[[], int]
+        if has_gpus():
+            force = ["--force"] if parsed.force else []
+            run = ["train", str(parsed.config), *parsed.overrides, *force]
+        else:
+            _import_training()
+            run = partial(_reporting_errors, partial(_run, config, world_size, fork_server))
+        announce(f"starting {world_size} ranks")
+        return launch_here(world_size, run, folder)
+
+
+def _check_gpu_start(config: Config, world_size: int, parsed: argparse.Namespace) -> None:
     from megatron_reheat.cluster.gpu_start import check_gpu_start
 
     check_gpu_start(config, world_size, force=parsed.force)
-    if world_size > 1 and not is_rank:
-        force = ["--force"] if parsed.force else []
-        arguments = ["train", str(parsed.config), *parsed.overrides, *force]
-        let_announce(config.logging.console)
-        announce(f"starting {world_size} ranks")
-        return launch_here(world_size, arguments, RunFolder(config.run.path), config.run.stop_grace_s)
-    return _run(config, world_size)
+
+
+def _import_training() -> None:
+    announce("importing torch, Megatron-Core and transformers")
+    with large_imports():
+        import megatron_reheat.stages.run  # noqa: F401
 
 
 def _world_size(config: Config) -> int:
@@ -313,7 +347,7 @@ def _world_size(config: Config) -> int:
     return config.parallel.tensor * config.parallel.pipeline * config.data_parallel()
 
 
-def _run(config: Config, world_size: int) -> int:
+def _run(config: Config, world_size: int, fork_server: ForkServer | None = None) -> int:
     """In a process of the run: the only one, or a rank."""
     finishing = None
     if os.environ.get("RANK", "0") == "0" and not is_launched():
@@ -326,10 +360,10 @@ def _run(config: Config, world_size: int) -> int:
     let_announce(config.logging.console and os.environ.get("RANK", "0") == "0")
     from megatron_reheat.rollout.head_start import HeadStart
 
-    announce("importing torch, Megatron-Core and transformers")
-    with HeadStart(config, world_size) as head_start:
-        with large_imports():
-            from megatron_reheat.stages.run import train
+    with HeadStart(config, world_size, fork_server) as head_start:
+        if "megatron_reheat.stages.run" not in sys.modules:  # else this rank was forked
+            _import_training()
+        from megatron_reheat.stages.run import train
 
         return 0 if train(config, head_start) else REQUEUE_EXIT_CODE
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 # what makes a process a rank of the trainer's job
 _TORCHRUN_VARIABLES = frozenset(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
 # of the trainer alone (`parallel.topology.order_kernels`)
@@ -34,6 +35,11 @@ def die_with_parent(parent_pid: int, who: str, with_signal: signal.Signals = sig
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, with_signal)
     if os.getppid() != parent_pid:
         sys.exit(f"the {who} ended before this process could start")
+
+
+def name_process(name: str) -> None:
+    """As `ps` and `top` show it beside the command line: at most 15 bytes."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
 
 
 def await_signals(parent_pid: int, others: Iterable[signal.Signals] = (), timeout_s: float | None = None) -> int | None:

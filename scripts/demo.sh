@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole story on two CPU cores: sets up .venv/, trains a tiny policy with RL until its entropy collapses, reheats it,
-# goes on with RL beside a control, and shows what came out. Arguments go to examples/countdown_cpu/demo.py.
+# goes on with RL beside two controls, and shows what came out. Arguments go to examples/countdown_cpu/demo.py.
 #
 #   bash scripts/demo.sh
 #   bash scripts/demo.sh --seed 1 --arms reheat control rollout_temperature

@@ -1,6 +1,6 @@
-"""The whole story on two CPU cores: warm start -> RL until the entropy collapses -> reheat -> RL, beside a control.
+"""The whole story on two CPU cores: warm start -> RL until the entropy collapses -> reheat -> RL, beside two controls.
 
-    python examples/countdown_cpu/demo.py [--seed 0] [--arms reheat control] [--steps-after 150] [--fresh]
+    python examples/countdown_cpu/demo.py [--seed 0] [--arms reheat control flatten] [--steps-after 150] [--fresh]
 
 Every run is an ordinary `reheat train` of a recipe in yaml/; this script only makes the model and the problems, calls them
 one after the other, and puts what they logged into a table. Runs that are already finished are not repeated. A signal to end
@@ -37,7 +37,7 @@ TABLE_WIDTH = 110
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the model's weights and of all sampling")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["reheat", "control"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["reheat", "control", "flatten"])
     parser.add_argument("--steps-after", type=int, default=150, help="steps of every arm after the collapse")
     parser.add_argument("--fresh", action="store_true", help="remove this seed's earlier runs first")
     options = parser.parse_args()

@@ -1,24 +1,28 @@
 """torchrun with one clear error, the ranks' exit status and the notice to stop.
 
-`launch_here` starts all ranks on this machine. `python -m megatron_reheat.cluster.launch` takes torchrun's arguments and is
-one node's share of a run on several: plain torchrun would die of SIGUSR1 and turn every exit status into 1.
+`launch_here` starts all ranks on this machine, as interpreters of their own or forked from this one.
+`python -m megatron_reheat.cluster.launch` takes torchrun's arguments and is one node's share of a run on several: plain
+torchrun would die of SIGUSR1 and turn every exit status into 1.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
+import signal
 import sys
 import threading
 import time
+import traceback
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from megatron_reheat.errors import print_error
-from megatron_reheat.processes import die_with_parent
+from megatron_reheat.processes import die_with_parent, name_process
 from megatron_reheat.run_folder import RunFolder
 from megatron_reheat.stop_request import (
     FINISHING,
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
 _LAUNCHER_PID = "REHEAT_LAUNCHER_PID"
+_RANK_NAME = "rank "
+_TORCHRUN_HANDLES = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 RUN_ID_PREFIX = "reheat-"
 # Nodes notice the end of their ranks within torchrun's monitoring interval (0.1 s) of each other. The first to notice stays
 # this much longer: leaving at once, it would take the rendezvous away from nodes that are about to notice.
@@ -49,8 +55,10 @@ def is_launched() -> bool:
     return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(RUN_ID_PREFIX)
 
 
-def end_with_launcher() -> None:
-    """For a rank. torchrun's workers are sessions of their own: a launcher that is killed would leave them training."""
+def become_rank() -> None:
+    """Gives this process its rank's name, and torchrun's end: its workers are sessions of their own, and a launcher that is
+    killed would leave them training."""
+    name_process(_RANK_NAME + os.environ["RANK"])
     if is_launched():
         die_with_parent(int(os.environ[_LAUNCHER_PID]), "launcher")
     elif "TORCHELASTIC_RUN_ID" in os.environ:
@@ -77,13 +85,23 @@ def is_launchers_own(sender: int) -> bool:
     return alive < int(os.environ["LOCAL_WORLD_SIZE"])
 
 
-def launch_here(num_processes: int, arguments: Sequence[str], folder: RunFolder, grace_s: float) -> int:
-    """Runs `reheat ARGUMENTS`, which write to `folder`, on `num_processes` ranks of this machine; returns the exit status.
+def heed_stop_signals(folder: RunFolder, grace_s: float) -> None:
+    """For the launcher of all ranks of a run, which writes to `folder`; `hold_stop_signals` comes before.
 
-    `hold_stop_signals` comes before. SIGTERM leaves `grace_s` seconds for the step in progress and the save.
+    SIGTERM leaves `grace_s` seconds for the step in progress and the save.
     """
     pass_on_stop_signal()
     StopWatch(partial(stopped_by, folder=folder), FINISHING, grace_s, _kill_ranks).start()
+
+
+def launch_here(num_processes: int, run: Sequence[str] | Callable[[], int], folder: RunFolder) -> int:
+    """Runs what writes to `folder` on `num_processes` ranks of this machine; returns the exit status.
+
+    Args:
+        run: arguments of `reheat` for ranks that are interpreters of their own; or what each rank calls when it has been
+            forked, with all that is imported by then, for its exit status.
+    """
+    import psutil  # noqa: F401  # not in a thread of this process while a rank is forked, which would wait for it for ever
     from torch.distributed.launcher.api import LaunchConfig
 
     config = LaunchConfig(
@@ -95,18 +113,43 @@ def launch_here(num_processes: int, arguments: Sequence[str], folder: RunFolder,
         rdzv_endpoint="localhost:0",
         monitor_interval=0.2,
         max_restarts=0,  # a restart would only meet the same error; engines are restarted by `Policy`
+        start_method="fork",
     )
-    return _launch(config, sys.executable, ["-m", "megatron_reheat", *arguments], folder)
+    if not callable(run):
+        return _launch(config, sys.executable, ["-m", "megatron_reheat", *run], folder)
+    handlers = {number: signal.getsignal(number) for number in _TORCHRUN_HANDLES}
+    gc.freeze()  # a collection in a rank would write to every page that it shares with the others
+    try:
+        return _launch(config, _run_forked, [run, handlers], folder)
+    finally:
+        gc.unfreeze()  # the interpreter's end would find what is frozen leaked
+
+
+def _run_forked(run: Callable[[], int], handlers: Mapping[signal.Signals, Any]) -> None:
+    """In a rank, which is to be as one with an interpreter of its own. `handlers` are those from before torchrun's."""
+    os.setsid()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    become_rank()
+    try:
+        exit_code = run()
+    except Exception:  # torch would keep it in a file of its own
+        traceback.print_exc()
+        exit_code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if exit_code:
+        sys.exit(exit_code)
 
 
 def _kill_ranks() -> None:
-    """What they have started ends with them."""
+    """And the other children. What they have started ends with them."""
     import psutil
 
-    ranks = psutil.Process().children()
-    for rank in ranks:
-        rank.kill()
-    psutil.wait_procs(ranks, timeout=KILL_WAIT_S)
+    children = psutil.Process().children()
+    for child in children:
+        child.kill()
+    psutil.wait_procs(children, timeout=KILL_WAIT_S)
 
 
 def main(torchrun_arguments: Sequence[str] | None = None) -> int:
@@ -129,7 +172,7 @@ def main(torchrun_arguments: Sequence[str] | None = None) -> int:
 def _launch(
     config: LaunchConfig,
     command: Callable[..., Any] | str,
-    arguments: Sequence[str],
+    arguments: Sequence[Any],
     folder: RunFolder | None = None,
     *,
     settle_s: float = 0.0,
@@ -181,13 +224,13 @@ class _RankWatch(threading.Thread):
         while not self.ended:
             time.sleep(LOOK_EVERY_S)
             with contextlib.suppress(psutil.Error):
-                stopped = [rank for rank in psutil.Process().children() if rank.status() == psutil.STATUS_STOPPED]
+                ranks = [p for p in psutil.Process().children() if p.name().startswith(_RANK_NAME)]
+                stopped = [rank for rank in ranks if rank.status() == psutil.STATUS_STOPPED]
                 looks = {rank: looks.get(rank, 0) + 1 for rank in stopped}
                 for rank in stopped:
                     if looks[rank] * LOOK_EVERY_S >= STOPPED_LIMIT_S:
-                        number = rank.environ().get("RANK", "?")
                         self.ended = (
-                            f"rank {number} (process {rank.pid}) had been stopped (SIGSTOP) for {STOPPED_LIMIT_S} s and was "
+                            f"{rank.name()} (process {rank.pid}) had been stopped (SIGSTOP) for {STOPPED_LIMIT_S} s and was "
                             "ended, and the others with it"
                         )
                         rank.kill()

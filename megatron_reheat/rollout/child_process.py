@@ -6,27 +6,46 @@ import os
 import socket
 import struct
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_reheat.errors import EngineDied
-from megatron_reheat.rollout.module_process import ModuleProcess
+from megatron_reheat.rollout.module_process import ModuleProcess, Process
 
 EXIT_GRACE_S = 5.0
 
 
 class ChildProcess(ModuleProcess):
-    """Runs `python -m MODULE SOCKET_FD PARENT_PID ...`, output to `log_file`. One caller, one request at a time."""
+    """Runs `python -m MODULE SOCKET_FD PARENT_PID ...`, output to `log_file`. One caller, one request at a time.
 
-    def __init__(self, module: str, arguments: Sequence[str], *, env: Mapping[str, str], log_file: Path | None) -> None:
+    `fork` makes the process in another way: it gets the child's end of the socket and the log.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        log_file: Path | None,
+        fork: Callable[[int, IO[bytes]], Process] | None = None,
+    ) -> None:
         self._next_id = 0
         ours, theirs = socket.socketpair()
         with theirs:
             fd = theirs.fileno()
             first = [str(fd), str(os.getpid())]
-            super().__init__(module, [*first, *arguments], env=env, log_file=log_file, pass_fds=(fd,))
+            super().__init__(
+                module,
+                [*first, *arguments],
+                env=env,
+                log_file=log_file,
+                pass_fds=(fd,),
+                fork=None if fork is None else partial(fork, fd),
+            )
         self._socket = ours
         self._connection = Connection(os.dup(ours.fileno()))
 

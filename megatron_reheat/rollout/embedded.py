@@ -47,7 +47,7 @@ class EmbeddedEngine:
         cpu_affinity: cores the child may run on; None leaves it to the scheduler.
         frozen: the weights never change: they come through host memory, and stay there while the engine sleeps.
         start: False leaves the start to the first use, for devices that something else has to leave first.
-        head_start: may have a process that imports vLLM already.
+        head_start: may have processes that import vLLM already.
     """
 
     _child: ChildProcess | None = None
@@ -187,9 +187,9 @@ class EmbeddedEngine:
         self._started_at = time.monotonic()  # of this boot, so that parent and child read the same
         arguments = [",".join(map(str, self._cores))] if self._cores else []
         variables = self._variables()
-        child, head_start, self._head_start = None, self._head_start, None
-        if head_start is not None:
-            child = head_start.take(arguments, variables, self._log_file)
+        child = None
+        if self._head_start is not None:
+            child = self._head_start.take(arguments, variables, self._log_file)
         if child is None:
             env = engine_environment() | variables
             child = ChildProcess(WORKER_MODULE, arguments, env=env, log_file=self._log_file)

@@ -1,6 +1,6 @@
 """The engine process: vLLM in one interpreter of its own, driven over an inherited socket.
 
-Started by `EmbeddedEngine` as `worker SOCKET_FD PARENT_PID [CORE,CORE...]`, never by hand. Requests are
+Started by `EmbeddedEngine` as `worker SOCKET_FD PARENT_PID [CORE,CORE...]`, or forked by `fork_server`. Requests are
 `(id, operation, arguments)`; each is answered by `(id, result or exception)` except `load`, which the trainer streams
 without waiting: what goes wrong in one is raised by the next operation of that sync which is answered.
 """
@@ -13,10 +13,11 @@ import sys
 import time
 import traceback
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_reheat.large_imports import large_imports
-from megatron_reheat.processes import die_with_parent
+from megatron_reheat.processes import die_with_parent, name_process
 
 if TYPE_CHECKING:
     from megatron_reheat.rollout.vllm_sampler import VLLMSampler
@@ -28,18 +29,33 @@ def main() -> int:
     """Serves until the trainer says exit or is gone; returns the exit code (EXIT_UNREPAIRABLE: vLLM is of no use)."""
     socket_fd, parent_pid, cores = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     die_with_parent(parent_pid, "trainer")
-    # the trainer holds SIGTERM and so did this process from its start; processes of vLLM are ended by it
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    leave_sigterm_to_children()
     if cores:
         # before the first import that counts cores and makes threads
         os.sched_setaffinity(0, [int(core) for core in cores[0].split(",")])
     connection = Connection(socket_fd)
+    import_vllm()
+    return run_engine(connection)
 
+
+def leave_sigterm_to_children() -> None:
+    """The trainer holds SIGTERM, and so did this process from its start; processes of vLLM are ended by it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def import_vllm() -> None:
+    """And all else that an engine needs; seconds."""
     with large_imports():
-        from megatron_reheat.errors import ReheatError
-        from megatron_reheat.rollout.vllm_sampler import VLLMSampler
-        from megatron_reheat.rollout.wire import WorkerReady, WorkerSettings
+        import megatron_reheat.rollout.vllm_sampler
+        import megatron_reheat.rollout.wire  # noqa: F401
+
+
+def run_engine(connection: Connection) -> int:
+    """Makes the engine that the first message describes, and serves; returns the exit code."""
+    from megatron_reheat.errors import ReheatError
+    from megatron_reheat.rollout.vllm_sampler import VLLMSampler
+    from megatron_reheat.rollout.wire import WorkerReady, WorkerSettings
 
     try:
         settings = connection.recv()
@@ -47,6 +63,7 @@ def main() -> int:
         return 0  # the trainer has no use for an engine after all
     assert isinstance(settings, WorkerSettings)
     _print_to(settings.log_file)
+    name_process(Path(settings.log_file).stem)
     try:
         sampler = VLLMSampler(settings)
     except ReheatError as error:

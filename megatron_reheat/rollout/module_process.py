@@ -8,9 +8,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import IO, Protocol
 
 import megatron_reheat
 
@@ -21,11 +22,24 @@ LOG_TAIL_BYTES = 16000
 NOISE = re.compile(r"nanobind: | - leaked | - \.\.\. skipped|See https://nanobind")
 
 
+class Process(Protocol):
+    """What is asked of `subprocess.Popen` here."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def kill(self) -> None: ...
+
+
 class ModuleProcess:
     """Starts at once, output appended to `log_file`; the module may be one of this package, installed or not.
 
-    Without a `log_file` the output is kept in a temporary file, of which the module makes its own log (`log_to`).
+    Without a `log_file` the output is kept in a temporary file, of which the module makes its own log (`log_to`). `fork` makes
+    the process in another way, with its output to the file that it gets.
     """
+
+    _process: Process
 
     def __init__(
         self,
@@ -35,21 +49,18 @@ class ModuleProcess:
         env: Mapping[str, str],
         log_file: Path | None,
         pass_fds: Sequence[int] = (),
+        fork: Callable[[IO[bytes]], Process] | None = None,
     ) -> None:
         self._log_file, self._log_start = log_file, 0
-        self._aside = None if log_file is not None else tempfile.TemporaryFile()  # noqa: SIM115
-        if log_file is not None:
+        self._aside: IO[bytes] | None = None
+        fork = fork or partial(_start, module, arguments, env, pass_fds)
+        if log_file is None:
+            self._aside = tempfile.TemporaryFile()  # noqa: SIM115
+            self._process = fork(self._aside)
+        else:
             self.log_to(log_file)
-        with nullcontext(self._aside) if log_file is None else log_file.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
-                env=with_package(env),
-                pass_fds=pass_fds,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the trainer, which then ends this process in order
-            )
+            with log_file.open("ab") as log:
+                self._process = fork(log)
 
     def log_to(self, log_file: Path) -> None:
         """Where the module is going to print, and takes what it has printed before; see `engine_process`."""
@@ -81,6 +92,20 @@ class ModuleProcess:
                 shutil.copyfileobj(self._aside, log)
             self._aside.truncate(0)
         return log_tail(self._log_file, self._log_start)
+
+
+def _start(
+    module: str, arguments: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int], log: IO[bytes]
+) -> Process:
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        env=with_package(env),
+        pass_fds=pass_fds,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C is for the trainer, which then ends this process in order
+    )
 
 
 def with_package(env: Mapping[str, str]) -> dict[str, str]:

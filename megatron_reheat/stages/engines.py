@@ -63,7 +63,9 @@ def start_sampler(
     return _start(_Model(inputs.hf_folder, rollout, config.model.dtype), config, topology, head_start)
 
 
-def start_frozen(name: str, config: Config, topology: Topology, inputs: Inputs) -> RolloutEngine | None:
+def start_frozen(
+    name: str, config: Config, topology: Topology, inputs: Inputs, head_start: HeadStart | None = None
+) -> RolloutEngine | None:
     """The same for the model `rl.samplers.NAME`, with a dtype and a context of its own.
 
     On the trainer's GPUs it is not started before it is used: of engines that start at once, each would take the memory that

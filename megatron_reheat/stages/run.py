@@ -128,7 +128,7 @@ class Helpers:
         if leads:
             RunFolder(config.run.path).make_folders()
         self.sampler = start_sampler(config, topology, inputs, head_start)
-        self.frozen = {name: start_frozen(name, config, topology, inputs) for name in inputs.frozen}
+        self.frozen = {name: start_frozen(name, config, topology, inputs, head_start) for name in inputs.frozen}
         self.verifiers = VerifierPool(config.reward) if leads else None
         self._own_functions = config.reward.kind == "function"
 

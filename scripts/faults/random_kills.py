@@ -159,7 +159,7 @@ class Attempt:
         launcher = psutil.Process(self._process.pid)
         found = [launcher] if victim in ("trainer", "launcher") else []
         if victim.startswith("rank"):
-            found = [rank for rank in launcher.children() if _rank(rank) == victim.removeprefix("rank ")]
+            found = [rank for rank in launcher.children() if _name(rank) == victim]
         if not found:
             found, victim = [launcher, *launcher.children(recursive=True)], "everything"
         for process in found:
@@ -191,9 +191,9 @@ class Attempt:
         return new - held
 
 
-def _rank(process: psutil.Process) -> str | None:
+def _name(process: psutil.Process) -> str | None:
     with contextlib.suppress(psutil.Error):
-        return process.environ().get("RANK")
+        return process.name()
     return None
 
 

@@ -114,7 +114,7 @@ def test_a_run_ends_with_it(project: Path, number: signal.Signals) -> None:
     commands = [" ".join(p.cmdline()) for p in started]
     assert (
         sum("megatron_reheat train" in c for c in commands) == 3
-        and sum("rollout.engine_process" in c for c in commands) == 2
+        and sum("rollout.fork_server" in c for c in commands) == 3  # itself, and two engines
     )
     process.send_signal(number)
     output = output_of(process, started)

@@ -34,11 +34,11 @@ def test_a_dead_engine_is_replaced_and_counted_until_it_may_not_be_restarted(con
 
     try:
         runs.wait_for(lambda: len(trained()) > 0, process)
-        rank = _kill_one_engine(process)
+        _kill_engine(process)
         runs.wait_for(lambda: trained()[-1]["rollout/engine_restarts"] == 1, process)
         done = trained()[-1]["step"]
         runs.wait_for(lambda: trained()[-1]["step"] >= done + 3, process)
-        _kill_one_engine(process, of_rank=rank)
+        _kill_engine(process)
         _, errors = process.communicate(timeout=runs.LIMIT_S)
     finally:
         if process.poll() is None:
@@ -144,11 +144,8 @@ def _tensors(checkpoint) -> dict[str, torch.Tensor]:
     return {n: t for n, t in torch.load(whole, weights_only=False).items() if isinstance(t, torch.Tensor)}
 
 
-def _kill_one_engine(process, of_rank: int | None = None) -> int:
-    """Kills an engine, the one of the rank with process id `of_rank` if given; returns its rank's process id."""
+def _kill_engine(process) -> None:
+    """That of the first rank."""
     children = psutil.Process(process.pid).children(recursive=True)
-    engines = [p for p in children if "rollout.engine_process" in " ".join(p.cmdline())]
-    victim = next(p for p in engines if of_rank in (None, p.ppid()))
-    rank = victim.ppid()
+    (victim,) = (p for p in children if p.name() == "vllm-0")
     os.kill(victim.pid, signal.SIGKILL)
-    return rank

@@ -46,6 +46,10 @@ def start(tmp_path: Path, world_size: int = 1, **sections: Any) -> HeadStart:
     return HeadStart(parse_config(tree), world_size)
 
 
+def expected(**sections: Any) -> dict[str, str]:
+    return module._expected_variables(parse_config(recipe(**sections)))
+
+
 def taken(waiting: HeadStart, log: Path, *arguments: str, **changes: str) -> ChildProcess | None:
     return waiting.take(arguments, {**waiting._variables, **changes}, log)
 
@@ -136,13 +140,13 @@ def test_the_environment_is_what_an_engine_of_the_run_gets(tmp_path: Path, monke
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
-    env = start(tmp_path, 4, parallel={"tensor": 2, "data": 2})._expected_variables()
+    env = expected(parallel={"tensor": 2, "data": 2})
     assert env["OMP_NUM_THREADS"] == "4" and "CUDA_VISIBLE_DEVICES" not in env
-    monkeypatch.setattr(module, "_has_gpus", lambda: True)
+    monkeypatch.setattr(module, "has_gpus", lambda: True)
     colocated = {"mode": "colocated", "tensor": 2}
-    assert start(tmp_path, 4, rollout=colocated)._expected_variables()["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert expected(rollout=colocated)["CUDA_VISIBLE_DEVICES"] == "2,3"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7, 5,MIG-a,3")
-    assert start(tmp_path, 4, rollout=colocated)._expected_variables()["CUDA_VISIBLE_DEVICES"] == "MIG-a,3"
+    assert expected(rollout=colocated)["CUDA_VISIBLE_DEVICES"] == "MIG-a,3"
 
 
 def test_it_starts_before_torch_is_imported() -> None:

@@ -493,6 +493,8 @@ def test_train_asks_before_it_starts_anything(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     gpus(monkeypatch, 8, 79.1)
+    monkeypatch.setattr("megatron_reheat.cli.heed_stop_signals", lambda *_: None)
+    monkeypatch.setattr("megatron_reheat.rollout.head_start.has_gpus", lambda: True)
     monkeypatch.setattr("megatron_reheat.cli.launch_here", lambda *arguments: pytest.fail(f"started {arguments}"))
     recipe = [
         str(ROOT / "yaml" / "ts_opsd.yaml"),

@@ -55,6 +55,8 @@ class ServerProcess(ModuleProcess):
         token: every route asks for it; None where they ask for nothing.
     """
 
+    _process: subprocess.Popen[bytes]
+
     def __init__(
         self,
         model_path: str,

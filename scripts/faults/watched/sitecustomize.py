@@ -10,12 +10,21 @@ import threading
 import time
 
 EVERY_S = 0.005
+FIRST = os.getpid()
 SIZE = 2000  # bytes; one write replaces all of it
 
 
-def _keep(path: str) -> None:
+def _watch() -> None:
+    threading.Thread(target=_keep, daemon=True).start()
+
+
+def _keep() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are for the threads of the run
     main = threading.main_thread().ident
+    # a rank that is forked is told which one it is a moment later
+    while os.getpid() != FIRST and "RANK" not in os.environ:
+        time.sleep(EVERY_S)
+    path = os.path.join(os.environ["WATCHED"], f"rank-{os.environ.get('RANK', 'none')}")
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     while True:
         frame, calls = sys._current_frames().get(main), []  # type: ignore[arg-type]
@@ -29,5 +38,5 @@ def _keep(path: str) -> None:
 
 
 if "WATCHED" in os.environ and sys.orig_argv[1:3] == ["-m", "megatron_reheat"]:
-    file = os.path.join(os.environ["WATCHED"], f"rank-{os.environ.get('RANK', 'none')}")
-    threading.Thread(target=_keep, args=(file,), daemon=True).start()
+    os.register_at_fork(after_in_child=_watch)
+    _watch()
