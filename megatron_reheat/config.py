@@ -73,6 +73,12 @@ class ParallelConfig(Section):
 
     tensor: int = Field(default=1, gt=0, le=MAX_PROCESSES, description="tensor parallel size (TP)")
     pipeline: int = Field(default=1, gt=0, le=MAX_PROCESSES, description="pipeline parallel size (PP)")
+    virtual_pipeline: int = Field(
+        default=1,
+        gt=0,
+        le=MAX_PROCESSES,
+        description="model chunks of a pipeline rank (VPP), run interleaved: a shorter bubble for more messages between ranks",
+    )
     data: int | None = Field(
         default=None,
         gt=0,

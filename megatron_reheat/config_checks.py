@@ -87,6 +87,8 @@ def cross_field_problems(c: Config) -> Iterator[str]:
         yield "rollout.servers needs rollout.mode=server"
     if c.parallel.sequence_parallel and c.parallel.tensor == 1:
         yield "parallel.sequence_parallel needs parallel.tensor > 1; set it to false or raise parallel.tensor"
+    if c.parallel.virtual_pipeline > 1 and c.parallel.pipeline == 1:
+        yield "parallel.virtual_pipeline needs parallel.pipeline > 1; set it to 1 or raise parallel.pipeline"
 
 
 def _tempering_problems(c: Config) -> Iterator[str]:

@@ -40,6 +40,7 @@ VERL = {
     "actor_rollout_ref.actor.optim.weight_decay": "optimizer.weight_decay",
     "actor_rollout_ref.actor.megatron.tensor_model_parallel_size": "parallel.tensor",
     "actor_rollout_ref.actor.megatron.pipeline_model_parallel_size": "parallel.pipeline",
+    "actor_rollout_ref.actor.megatron.virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline",
     "actor_rollout_ref.rollout.n": "rl.group_size",
     "actor_rollout_ref.rollout.temperature": "rollout.temperature",
     "actor_rollout_ref.rollout.gpu_memory_utilization": "rollout.gpu_memory_utilization",

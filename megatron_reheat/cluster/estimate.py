@@ -143,7 +143,7 @@ class Estimate(Memory):
             seconds += reductions * (
                 volume / self._link(p.tensor) + count * 2 * (p.tensor - 1) * constants.collective_s
             )
-        return seconds * (count + p.pipeline - 1) / count
+        return seconds * (count + (p.pipeline - 1) / p.virtual_pipeline) / count
 
     def head_seconds(self, batch: Batch) -> float:
         """The LM head forward and backward over one minibatch's responses, on the last pipeline stage."""

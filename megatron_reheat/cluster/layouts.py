@@ -51,7 +51,8 @@ def layouts_that_fit(config: Config, gpus: int, gpu: str, mean_tokens: float | N
     """The fastest first, of layouts that differ in recomputation alone the one that recomputes least; and how many were tried.
 
     What is tried: tensor (with sequence parallelism) and pipeline sizes that the model and a node allow, recomputation, and
-    where engines share the trainer's GPUs one engine for each replica or engines in turns with it, of any size.
+    where engines share the trainer's GPUs one engine for each replica or engines in turns with it, of any size. Of virtual
+    pipeline stages as many as the recipe has, and none: what their messages cost is not in the estimate.
     """
     found: list[Layout] = []
     tried = 0
@@ -69,12 +70,14 @@ def layouts_that_fit(config: Config, gpus: int, gpu: str, mean_tokens: float | N
 
 def _ways(config: Config, gpus: int) -> Iterator[tuple[str, ...]]:
     mode = config.rollout.mode
-    for tensor, pipeline in itertools.product(SIZES, SIZES):
+    virtual = config.parallel.virtual_pipeline
+    for tensor, pipeline, chunks in itertools.product(SIZES, SIZES, sorted({1, virtual})):
         if tensor > NODE_GPUS or gpus % (tensor * pipeline):
             continue
         trainer = (
             f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.data={gpus // (tensor * pipeline)}",
             f"parallel.sequence_parallel={'true' if tensor > 1 else 'false'}",
+            *([f"parallel.virtual_pipeline={chunks}"] if virtual > 1 else []),
         )  # fmt: skip
         if mode == "server":
             yield trainer
@@ -130,7 +133,8 @@ def recommend(
         p, rollout = e.config.parallel, e.config.rollout
         engines = f"{e.num_engines} x TP{rollout.tensor}, {rollout.mode}"
         seconds = (layout.step_s, layout.phases["rollout"], layout.phases["update"], sum(e.reheat_step().values()))
-        row = (p.tensor, p.pipeline, e.num_replicas, engines, e.config.model.recompute, f"{layout.gib:.1f}")
+        pipeline = f"{p.pipeline} x {p.virtual_pipeline}" if p.virtual_pipeline > 1 else p.pipeline
+        row = (p.tensor, pipeline, e.num_replicas, engines, e.config.model.recompute, f"{layout.gib:.1f}")
         table.add_row(*map(str, row), *(f"{s:.3g}" for s in seconds))
     console.print(table)
     console.print(f"All figures are estimates. {_why(best, _own(config, gpus, gpu, mean_tokens))}", soft_wrap=True)

@@ -92,11 +92,18 @@ class Memory(Workload):
         inside = 4 * m.hidden_size / split
         inside += (3 * m.query_width + 3 * m.kv_width + 3 * m.intermediate_size) / p.tensor
         token = VALUE_BYTES[self.config.model.dtype] * p.microbatch_tokens
-        layers = m.num_hidden_layers // p.pipeline
-        in_flight = p.pipeline - stage
+        layers = self.chunks_in_flight(stage) * (m.num_hidden_layers // (p.pipeline * p.virtual_pipeline))
         if self.config.model.recompute == "full":
-            return token * (in_flight * layers * m.hidden_size / split + inside)
-        return token * in_flight * layers * inside
+            return token * (layers * m.hidden_size / split + inside)
+        return token * layers * inside
+
+    def chunks_in_flight(self, stage: int) -> int:
+        """Passes of micro-batches through model chunks of a stage, forward and not yet back, at most; one chunk is all of its
+        layers without virtual stages. Both schedules are those of arXiv 2104.04473."""
+        p = self.config.parallel
+        if p.virtual_pipeline == 1:
+            return p.pipeline - stage
+        return 2 * (p.pipeline - stage - 1) + (p.virtual_pipeline - 1) * p.pipeline + 1
 
     def head_bytes(self) -> float:
         """Three float32 tensors [chunk, V/TP] for each vocabulary with a gradient, one for a teacher's; without the fused head

@@ -187,6 +187,8 @@ def _changes(estimate: Estimate, total: float) -> Iterator[str]:
     p, utilization = config.parallel, config.rollout.gpu_memory_utilization
     yield "model.fused_head=true"
     yield "parallel.distributed_optimizer=true"
+    if p.virtual_pipeline > 1:
+        yield "parallel.virtual_pipeline=1"
     yield "model.recompute=full"
     yield f"parallel.microbatch_tokens={context_length(config, estimate.model.max_position_embeddings)}"
     if config.rollout.mode == "embedded":
@@ -220,10 +222,11 @@ def _changed_gib(estimate: Estimate, change: str) -> float:
 def _print_header(console: Console, e: Estimate, gpu: str) -> None:
     p = e.config.parallel
     nodes = math.ceil(e.num_gpus / NODE_GPUS)
+    virtual = f" ({p.virtual_pipeline} model chunks each)" if p.virtual_pipeline > 1 else ""
     console.print(f"{e.config.run.name}: {e.config.model.hf_path}, {e.model.num_parameters:,} parameters")
     console.print(
         f"{e.num_gpus} x {gpu} ({nodes} node{'s' * (nodes > 1)} of up to {NODE_GPUS}): tensor {p.tensor} x pipeline "
-        f"{p.pipeline} x data {e.num_replicas}; {_engines(e)}"
+        f"{p.pipeline}{virtual} x data {e.num_replicas}; {_engines(e)}"
     )
     console.print(_method(e))
     idle = e.num_gpus - e.num_replicas

@@ -41,6 +41,7 @@ from megatron_reheat.checkpoint_folder import list_checkpoints as list_checkpoin
 from megatron_reheat.errors import ReheatError, cannot_write, writing
 from megatron_reheat.model.carried_files import MODEL_FOLDER, is_carried
 from megatron_reheat.model.checkpoint_pickles import METADATA, explain, find_unsafe_pickle, no_code, read_metadata
+from megatron_reheat.model.chunks import ModelChunks
 from megatron_reheat.model.engine import Engine
 from megatron_reheat.model.master_weights import Snapshot
 from megatron_reheat.parallel.topology import Topology
@@ -78,7 +79,7 @@ def save_checkpoint(
 
 
 def save_weights(
-    module: Any, topology: Topology, folder: Path, state: dict[str, Any], carried: Mapping[str, bytes]
+    module: ModelChunks, topology: Topology, folder: Path, state: dict[str, Any], carried: Mapping[str, bytes]
 ) -> Path:
     """Writes `folder/step-0` without an optimizer: a run that loads it starts with fresh moments. A collective."""
     sharded = {"model": module.sharded_state_dict(metadata=_metadata())}
@@ -227,7 +228,7 @@ def load_last_good(engine: Engine, checkpoint: Path) -> Snapshot | None:
     return engine.masters.part(_load(sharded, checkpoint)["last_good"])
 
 
-def load_weights(module: Any, checkpoint: Path) -> None:
+def load_weights(module: ModelChunks, checkpoint: Path) -> None:
     """Fills an unwrapped model from a checkpoint, whose optimizer is not read. A collective."""
     sharded = {"model": module.sharded_state_dict(metadata=_metadata())}
     module.load_state_dict(_load(sharded, checkpoint)["model"])

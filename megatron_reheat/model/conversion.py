@@ -191,9 +191,9 @@ def megatron_reference(
     `dtype` is that of the export, to which the final norm's weight over `temperature` is rounded there.
     """
     with _single_process(hf_folder, torch.float32) as (hf, config, topology):
-        model = build_model(hf, config, topology, choose_backend(config.model.attention))
-        load_weights(model, checkpoint)
-        model.eval()
+        whole = build_model(hf, config, topology, choose_backend(config.model.attention))
+        load_weights(whole, checkpoint)
+        model = whole.last.eval()
         norm = dict(model.named_parameters())[FINAL_NORM]
         norm.copy_(norm.to(dtype) / temperature)
         draw = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The trainer: one Megatron model on this rank's part of the layout, with score, update and weight export.
+"""The trainer: one Megatron model, of which this rank has its part of the layout, with score, update and weight export.
 
 Loss contract: a loss closure gets the `Vocabulary` at T positions and the micro-batch, and returns its share of the batch's
 loss (a sum whose weights already carry the global denominator) with metric sums. Megatron's own scalings (micro-batch
@@ -24,6 +24,7 @@ from megatron_reheat.config import Config
 from megatron_reheat.metrics import MetricSums
 from megatron_reheat.model.architecture import Architecture
 from megatron_reheat.model.backend import choose_backend
+from megatron_reheat.model.chunks import ModelChunks
 from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import HFExporter, load_hf_weights
 from megatron_reheat.model.master_weights import MasterWeights, Snapshot
@@ -80,10 +81,10 @@ class Engine:
             to_all=config.rollout.mode == "colocated",
         )
         self.head = OutputHead(
-            model, config, self.hf.vocab_size, topology.tensor_group if topology.tensor_size > 1 else None
+            model.last, config, self.hf.vocab_size, topology.tensor_group if topology.tensor_size > 1 else None
         )
-        self._model, self.optimizer = self._wrap(model)
-        self.masters = MasterWeights(model, self._model, self.optimizer, topology)
+        self._wrapped, self.optimizer = self._wrap(model)
+        self.masters = MasterWeights(model, self._wrapped, self.optimizer, topology)
         self._forward_backward = get_forward_backward_func()
 
     # -- what the stages use ---------------------------------------------------------------------------------------
@@ -99,7 +100,8 @@ class Engine:
 
     def forward(self, micros: Sequence[MicroBatch], evaluate: Evaluate) -> None:
         """Shows `evaluate` the model's output for each micro-batch, without dropout and gradient, on the last stage."""
-        self._model.eval()
+        for chunk in self._wrapped:
+            chunk.eval()
         with torch.no_grad():
             self._run(micros, evaluate, forward_only=True)
 
@@ -141,8 +143,9 @@ class Engine:
         assert max(taps, default=0) < self.hf.num_hidden_layers  # the last layer's prediction is the policy's
         micros = self.microbatches(batch, aggregation, beside=tuple(views.values()))
         states = {name: self._view_states(name, views, batch, micros) for name in views}
-        self._model.train()
-        self._model.zero_grad_buffer()
+        for chunk in self._wrapped:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         assert not (whole_sequences and (views or taps or attention))
         scored: list[Scored] | None = [] if score else None
@@ -150,12 +153,11 @@ class Engine:
         evaluate: Evaluate = (
             ChunkedLoss(self.head, loss, states, attention, scored) if in_chunks else WholeLoss(self.head, loss, scored)
         )
-        self.module.taps = tuple(taps)
-        self.module.attention_taps = () if attention is None else attention.layers
+        self._tap(tuple(taps), () if attention is None else attention.layers)
         try:
             per_microbatch = self._run(micros, evaluate, forward_only=False)
         finally:
-            self.module.taps = self.module.attention_taps = ()
+            self._tap((), ())
         sums = self._over_ranks(per_microbatch)
         scores = None
         if scored is not None:
@@ -216,15 +218,18 @@ class Engine:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _wrap(self, model: Any) -> tuple[DistributedDataParallel, Any]:
+    def _wrap(self, model: ModelChunks) -> tuple[list[DistributedDataParallel], Any]:
         config, o = self.config, self.config.optimizer
         bf16 = model.config.bf16
         distributed = config.parallel.distributed_optimizer
-        wrapped = DistributedDataParallel(
-            model.config,
-            DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=bf16),
-            Float16Module(model.config, model) if bf16 else model,
-        )
+        wrapped = [
+            DistributedDataParallel(
+                model.config,
+                DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=bf16),
+                Float16Module(model.config, chunk) if bf16 else chunk,
+            )
+            for chunk in model.models
+        ]
         optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -238,10 +243,14 @@ class Engine:
                 params_dtype=model.config.params_dtype,
                 use_distributed_optimizer=distributed,
             ),
-            [wrapped],
+            wrapped,
         )
         model.config.finalize_model_grads_func = _finalize_without_rescaling
         return wrapped, optimizer
+
+    def _tap(self, layers: tuple[int, ...], attention: tuple[int, ...]) -> None:
+        for chunk in self.module.models:
+            chunk.taps, chunk.attention_taps = layers, attention
 
     def _view_states(
         self, name: str, views: Mapping[str, TrainBatch], batch: TrainBatch, micros: Sequence[MicroBatch]
@@ -267,6 +276,8 @@ class Engine:
             device=self.topology.device,
             beside=beside,
             attention_length=Architecture.from_hf(self.hf).attention_length,
+            # Megatron's interleaved schedule goes through them in groups of as many as there are stages
+            multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
         )
 
     def _run(self, micros: Sequence[MicroBatch], evaluate: Evaluate, *, forward_only: bool) -> list[MetricSums]:
@@ -278,8 +289,8 @@ class Engine:
 
         return self._forward_backward(
             forward_step_func=forward_step,
-            data_iterator=iter(enumerate(micros)),
-            model=self._model,
+            data_iterator=[iter(enumerate(micros)) for _ in self._wrapped],
+            model=self._wrapped,
             num_microbatches=len(micros),
             seq_length=self.config.parallel.microbatch_tokens,
             micro_batch_size=1,
@@ -288,7 +299,9 @@ class Engine:
 
     def _output(self, model: Any, micro: MicroBatch) -> Tensor:
         fp32_output = {"fp32_output": False} if self.module.config.bf16 else {}
-        packed = PackedSequences.of(micro.cu_seqlens, micro.max_seqlen, micro.position_ids, self.module.frequencies)
+        packed = PackedSequences.of(
+            micro.cu_seqlens, micro.max_seqlen, micro.position_ids, self.module.last.frequencies
+        )
         return model(micro.tokens[None], micro.position_ids[None], None, packed_seq_params=packed, **fp32_output)
 
     def _in_order(self, scored: Sequence[Scored], count: int) -> list[list[FloatArray]]:
@@ -304,7 +317,7 @@ class Engine:
         return MetricSums.from_wires(self.topology.gather_from_last_stages(mine.to_wire()))
 
     def _has_non_finite_gradients(self) -> bool:
-        buffers = (*self._model.buffers, *self._model.expert_parallel_buffers)
+        buffers = [b for chunk in self._wrapped for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         return not all(bool(torch.isfinite(b.grad_data.sum())) for b in buffers)
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_reheat.model.chunks import ModelChunks
 from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import load_hf_weights
 from megatron_reheat.parallel.topology import Topology
@@ -26,7 +26,7 @@ class FrozenWeights:
     """
 
     @torch.no_grad()
-    def __init__(self, module: Any, topology: Topology) -> None:
+    def __init__(self, module: ModelChunks, topology: Topology) -> None:
         self._on_gpu = topology.device.type == "cuda"
         self._parameters = dict(module.named_parameters())
         self._held: dict[str, Tensor] = {}
@@ -36,7 +36,7 @@ class FrozenWeights:
         self._wait()
 
     @classmethod
-    def of_folder(cls, folder: Path, module: Any, topology: Topology) -> FrozenWeights:
+    def of_folder(cls, folder: Path, module: ModelChunks, topology: Topology) -> FrozenWeights:
         """Those of a Hugging Face folder that fits `module`, which keeps its own."""
         frozen = cls(module, topology)
         load_hf_weights(module, HFReader(folder), topology)

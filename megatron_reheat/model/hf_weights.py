@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_reheat.errors import ConfigError
+from megatron_reheat.model.chunks import ModelChunks
 from megatron_reheat.model.families import family_of, head_dim
 from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.provider import read_hf_config
@@ -68,7 +68,7 @@ class AttentionShape:
     head_dim: int
 
     @classmethod
-    def of(cls, model: GPTModel) -> AttentionShape:
+    def of(cls, model: ModelChunks) -> AttentionShape:
         """Not this rank's share: Megatron's configuration has the numbers of the whole model."""
         c = model.config
         return cls(c.num_attention_heads, c.num_query_groups, c.kv_channels)
@@ -76,7 +76,7 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """One Megatron parameter of one pipeline stage: its rule, its shard's shape and the tensors it stands for."""
+    """One Megatron parameter of one model chunk: its rule, its shard's shape and the tensors it stands for."""
 
     name: str
     kind: Kind
@@ -185,25 +185,25 @@ def _equal(reader: HFReader, a: str, b: str) -> bool:
     return tensors[0].dtype == tensors[1].dtype and torch.equal(*tensors)
 
 
-def plan_parameters(model: GPTModel) -> list[ParameterPlan]:
-    """The rules for this stage's parameters, in the model's order. A tied head on the last stage has none of its own."""
-    plans = []
-    for name, parameter in model.named_parameters():
-        if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
-            continue
-        kind, hf_names = _rule(model, name)
-        plans.append(ParameterPlan(name, kind, hf_names, tuple(parameter.shape), parameter.dtype))
-    return plans
+def plan_parameters(model: ModelChunks) -> list[list[ParameterPlan]]:
+    """The rules for each chunk's parameters, in the model's order. A tied head on the last stage has none of its own."""
+    is_tied = model.last.share_embeddings_and_output_weights
+    return [
+        [
+            ParameterPlan(name, *_rule(name), tuple(parameter.shape), parameter.dtype)
+            for name, parameter in chunk.items()
+            if not (name == "output_layer.weight" and is_tied)
+        ]
+        for chunk in model.parameters_by_chunk()
+    ]
 
 
-def _rule(model: GPTModel, name: str) -> tuple[Kind, tuple[str, ...]]:
+def _rule(name: str) -> tuple[Kind, tuple[str, ...]]:
     layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     if layer is None:
         return _OUTER[name]
-    # layer_number counts from 1 over the whole model, whatever the pipeline split
-    index = model.decoder.layers[int(layer[1])].layer_number - 1
     kind, hf_names = _LAYER[layer[2]]
-    return kind, tuple(f"model.layers.{index}.{n}" for n in hf_names)
+    return kind, tuple(f"model.layers.{layer[1]}.{n}" for n in hf_names)
 
 
 def whole_model_rules(num_layers: int) -> Iterator[tuple[str, int | None, Kind, tuple[str, ...]]]:
@@ -220,7 +220,7 @@ def whole_model_rules(num_layers: int) -> Iterator[tuple[str, int | None, Kind, 
 
 
 @torch.no_grad()
-def load_hf_weights(model: GPTModel, reader: HFReader, topology: Topology) -> None:
+def load_hf_weights(model: ModelChunks, reader: HFReader, topology: Topology) -> None:
     """Fills this rank's shard of `model` (unwrapped) from a folder that passed `check_weights`; padding rows become zero.
 
     Raises:
@@ -228,8 +228,8 @@ def load_hf_weights(model: GPTModel, reader: HFReader, topology: Topology) -> No
     """
     attention = AttentionShape.of(model)
     parameters = dict(model.named_parameters())
-    plans = plan_parameters(model)
-    if model.share_embeddings_and_output_weights and "output_layer.weight" in parameters:
+    plans = [plan for chunk in plan_parameters(model) for plan in chunk]
+    if model.last.share_embeddings_and_output_weights and "output_layer.weight" in parameters:
         # the last stage of a pipeline keeps its own copy of the tied embedding
         tied = parameters["output_layer.weight"]
         kind, hf_names = _OUTER["embedding.word_embeddings.weight"]
@@ -294,21 +294,22 @@ class HFExporter:
     """
 
     def __init__(
-        self, model: GPTModel, topology: Topology, *, vocab_size: int, bucket_bytes: int, to_all: bool = False
+        self, model: ModelChunks, topology: Topology, *, vocab_size: int, bucket_bytes: int, to_all: bool = False
     ) -> None:
         self._to_all = to_all
         self._parameters = dict(model.named_parameters())
         self._attention = AttentionShape.of(model)
         self._topology = topology
         self._vocab_size = vocab_size
-        stages: list[list[ParameterPlan] | None] = [None] * topology.pipeline_size
+        stages = [plan_parameters(model)] * topology.pipeline_size
         if topology.pipeline_size > 1:
             dist.all_gather_object(stages, plan_parameters(model), group=topology.pipeline_group)
-        else:
-            stages = [plan_parameters(model)]
         per_shard = max(bucket_bytes // topology.tensor_size, 1)
-        self._buckets = [
-            (stage, bucket) for stage, plans in enumerate(stages) for bucket in _buckets(plans or [], per_shard)
+        self._buckets = [  # in the order of the layers
+            (stage, bucket)
+            for chunks in zip(*stages, strict=True)
+            for stage, plans in enumerate(chunks)
+            for bucket in _buckets(plans, per_shard)
         ]
 
     @torch.no_grad()

@@ -22,8 +22,8 @@ from megatron_reheat.model.backend import Backend
 from megatron_reheat.model.packed_sequences import PackedSequences
 
 
-def block_spec(config: TransformerConfig, backend: Backend) -> Any:
-    """Layer specification of this pipeline stage for Megatron's `GPTModel`."""
+def block_spec(config: TransformerConfig, backend: Backend, vp_stage: int | None = None) -> Any:
+    """Layer specification of this pipeline stage, or of one of its virtual stages, for Megatron's `GPTModel`."""
     if backend.attention == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
@@ -33,7 +33,8 @@ def block_spec(config: TransformerConfig, backend: Backend) -> Any:
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    layers = [layer] * get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
 class RMSNorm(torch.nn.RMSNorm):

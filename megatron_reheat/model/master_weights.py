@@ -9,6 +9,7 @@ Adam's moments and step count are not among them. A rollback ends its stage, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from torch import Tensor
 
+from megatron_reheat.model.chunks import ModelChunks
 from megatron_reheat.parallel.topology import Topology
 
 Snapshot = dict[str, Tensor]  # by parameter name, in host memory
@@ -36,7 +38,9 @@ class _Master:
 class MasterWeights:
     """This rank's master weights, after Megatron has wrapped `module` and built `optimizer`."""
 
-    def __init__(self, module: Any, wrapped: DistributedDataParallel, optimizer: Any, topology: Topology) -> None:
+    def __init__(
+        self, module: ModelChunks, wrapped: Sequence[DistributedDataParallel], optimizer: Any, topology: Topology
+    ) -> None:
         self._module, self._wrapped, self._topology = module, wrapped, topology
         self._optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
         self._sharded = any(isinstance(o, DistributedOptimizer) for o in self._optimizers)
@@ -50,8 +54,10 @@ class MasterWeights:
         for name, parameter in module.named_parameters():
             if parameter.dtype == torch.float32:
                 self._masters[name] = _Master(parameter, parameter.detach(), 0)
-            elif getattr(parameter, "main_param", None) is not None:  # else other data-parallel ranks hold all of it
-                self._masters[name] = _Master(parameter, parameter.main_param, starts.get(id(parameter), 0))
+            elif (
+                main := getattr(parameter, "main_param", None)
+            ) is not None:  # else other data-parallel ranks hold all of it
+                self._masters[name] = _Master(parameter, main, starts.get(id(parameter), 0))
 
     @torch.no_grad()
     def copy(self, into: Snapshot | None = None) -> Snapshot:
@@ -85,7 +91,8 @@ class MasterWeights:
             if isinstance(optimizer, MixedPrecisionOptimizer) and not optimizer.is_stub_optimizer:
                 optimizer._copy_main_params_to_model_params()
         if self._sharded:
-            self._wrapped.start_param_sync(force_sync=True)
+            for chunk in self._wrapped:
+                chunk.start_param_sync(force_sync=True)
 
     @torch.no_grad()
     def whole(self, snapshot: Snapshot) -> dict[str, Tensor]:

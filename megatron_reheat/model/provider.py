@@ -22,6 +22,7 @@ from megatron_reheat.config import Config, ModelConfig
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.files import problem_of_file, problem_of_folder
 from megatron_reheat.model.backend import Backend
+from megatron_reheat.model.chunks import ModelChunks
 from megatron_reheat.model.families import (
     FAMILIES,
     PLANNED,
@@ -317,11 +318,16 @@ def check_layout(hf: Any, config: Config) -> None:
         raise ConfigError(
             f"parallel.pipeline {pipeline} does not divide the model's {hf.num_hidden_layers} layers; change it"
         )
+    if hf.num_hidden_layers % (pipeline * config.parallel.virtual_pipeline):
+        raise ConfigError(
+            f"parallel.virtual_pipeline {config.parallel.virtual_pipeline} does not divide the "
+            f"{hf.num_hidden_layers // pipeline} layers of a pipeline rank; change it"
+        )
 
 
 def transformer_config(hf: Any, config: Config, backend: Backend) -> TransformerConfig:
     """Megatron's configuration of the same network; every fusion that needs Transformer Engine or Apex is off without."""
-    dtype = DTYPES[config.model.dtype]
+    dtype, interleaved = DTYPES[config.model.dtype], config.parallel.virtual_pipeline > 1
     fused, family = backend.attention == "transformer_engine", family_of(hf)
     recompute: dict[str, Any] = {}
     if config.model.recompute == "full":
@@ -348,6 +354,10 @@ def transformer_config(hf: Any, config: Config, backend: Backend) -> Transformer
         rotary_interleaved=False,
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=config.parallel.virtual_pipeline if interleaved else None,
+        # two interleaved ranks are each other's neighbour on both sides, and would mix up the messages of a batch
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         sequence_parallel=config.parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -371,20 +381,29 @@ def transformer_config(hf: Any, config: Config, backend: Backend) -> Transformer
     )
 
 
-def build_model(hf: Any, config: Config, topology: Topology, backend: Backend) -> GPTModel:
+def build_model(hf: Any, config: Config, topology: Topology, backend: Backend) -> ModelChunks:
     """This rank's part of the network, with Megatron's random initialisation."""
-    megatron_config = transformer_config(hf, config, backend)
+    megatron_config, count = transformer_config(hf, config, backend), config.parallel.virtual_pipeline
+    return ModelChunks(tuple(_build_chunk(hf, config, topology, backend, megatron_config, i) for i in range(count)))
+
+
+def _build_chunk(
+    hf: Any, config: Config, topology: Topology, backend: Backend, megatron_config: TransformerConfig, index: int
+) -> GPTModel:
+    count = config.parallel.virtual_pipeline
+    stage = index if count > 1 else None
     fused = backend.attention == "transformer_engine"  # and with it the rotary embedding
     model_class = HeadlessGPTModel if config.model.fused_head else GPTModel
     model = model_class(
         megatron_config,
-        block_spec(megatron_config, backend),
+        block_spec(megatron_config, backend, stage),
         vocab_size=padded_vocab_size(hf.vocab_size, config),
         max_sequence_length=hf.max_position_embeddings,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
+        pre_process=topology.is_first_stage and index == 0,
+        post_process=topology.is_last_stage and index == count - 1,
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope" if fused else "none",
+        vp_stage=stage,
     )
     # Megatron computes the default kind and one of llama3's; what queries and keys are multiplied by is in softmax_scale
     frequencies = rotary_frequencies(hf)[0].to(topology.device)

@@ -108,6 +108,7 @@ def make_microbatches(
     device: torch.device | str = "cpu",
     beside: Sequence[TrainBatch] = (),
     attention_length: float = math.inf,
+    multiple: int = 1,
 ) -> list[MicroBatch]:
     """This rank's share of `batch`, in micro-batches of at most `microbatch_tokens` tokens before alignment.
 
@@ -115,12 +116,13 @@ def make_microbatches(
     short get micro-batches without a sequence, as do those whose sequences have no tokens. The loss does not depend on the
     plan: weights are global. Batches of as many sequences that are read `beside` this one, one after the other, are cut
     alike, so that none exceeds `microbatch_tokens`: each has to name the others. `attention_length` is that of a sequence whose
-    attention takes as long as all else: replicas get as much to do as each other, not as many tokens.
+    attention takes as long as all else: replicas get as much to do as each other, not as many tokens. There are a
+    multiple of `multiple` micro-batches.
     """
     lengths = np.array([[len(s.token_ids) for s in b.sequences] for b in (batch, *beside)]).T
     costs = (lengths * (1 + lengths / attention_length)).sum(axis=1).tolist()
     plans = [_fill_bins(share, lengths, microbatch_tokens) for share in _balance(range(len(batch)), costs, data_size)]
-    num_microbatches = max(len(plan) for plan in plans)
+    num_microbatches = -(-max(len(plan) for plan in plans) // multiple) * multiple
     mine = plans[data_rank] + [[] for _ in range(num_microbatches - len(plans[data_rank]))]
     weights = _token_weight(batch, aggregation), _token_weight(batch, "sequence_mean")
     return [_pack(batch, indices, weights, alignment, device) for indices in mine]

@@ -144,9 +144,11 @@ def initialize(config: Config) -> Topology:
             {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
         )
         dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout_s), **alone)
+    virtual = config.parallel.virtual_pipeline
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         distributed_timeout_minutes=math.ceil(config.parallel.timeout_s / 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed + 1)

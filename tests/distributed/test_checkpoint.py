@@ -14,7 +14,8 @@ from tests.e2e import runs
 from tests.hostile_checkpoints import PAYLOADS, REASONS
 from tests.tiny_models import save_tiny_model
 
-LOADS = [{"data": 2}, {"tensor": 2}, {"pipeline": 2}]
+INTERLEAVED = {"pipeline": 2, "virtual_pipeline": 2}
+LOADS = [{"data": 2}, {"tensor": 2}, {"pipeline": 2}, INTERLEAVED]
 BF16 = {"dtype": "bfloat16"}
 LAYOUTS = [
     {"tensor": 2},
@@ -24,8 +25,12 @@ LAYOUTS = [
     {"data": 2, "distributed_optimizer": False, **BF16},
     {"pipeline": 2, **BF16},  # a tied embedding on both stages
     {"tensor": 2, **BF16},
+    {**INTERLEAVED, **BF16},
+    {**INTERLEAVED, "distributed_optimizer": False, **BF16},
 ]
-TRIP = [LAYOUTS[3], LAYOUTS[5], LAYOUTS[6]]
+TRIP = [LAYOUTS[3], LAYOUTS[5], LAYOUTS[7], LAYOUTS[6], LAYOUTS[7]]
+# on four ranks: the optimizer's parts of several chunks, each of which is split over replicas
+WIDE = [{**INTERLEAVED, "data": 2, **BF16}, {"data": 4, **BF16}, {"tensor": 2, "data": 2, **BF16}]
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +170,14 @@ def test_a_rollback_restores_master_weights_and_weights_to_the_bit(rollbacks, in
 
 def test_checkpoints_of_every_layout_keep_the_bits_of_weights_moments_and_last_good_weights(rollbacks):
     for rank in rollbacks:
+        assert rank["trip"] == {"absent": True, "whole_state": True, "last_good": True}
+
+
+def test_model_chunks_that_are_split_over_replicas_roll_back_and_come_back_to_the_bit(folder, tmp_path):
+    ranks = launch("rollbacks", 4, tmp_path, folder=folder, layouts=WIDE[:1], checkpoints=tmp_path / "c", trip=WIDE)
+    for rank in ranks:
+        (update,) = rank["updates"]
+        assert update["unchanged"] and update["restored"] and update["repeats"] and update["beyond_bfloat16"]
         assert rank["trip"] == {"absent": True, "whole_state": True, "last_good": True}
 
 

@@ -19,6 +19,7 @@ RUNS = {
     "pp2": ("qwen3_tied", "float32", {"pipeline": 2}),
     "dp4_from_bf16": ("llama", "bfloat16", {"data": 4}),
     "tp2pp2": ("qwen3_untied", "float32", {"tensor": 2, "pipeline": 2}),
+    "pp2vpp2": ("qwen3_tied", "float32", {"pipeline": 2, "virtual_pipeline": 2}),
     "tp2_bf16_whole_optimizer": (
         "qwen3_untied",
         "bfloat16",

@@ -11,6 +11,7 @@ LAYOUTS = [
     {"tensor": 2},
     {"tensor": 2, "sequence_parallel": True},
     {"pipeline": 2},
+    {"pipeline": 2, "virtual_pipeline": 2},
     {"data": 2},
     {"data": 2, "fused_head": False},
     {"data": 2, "dtype": "bfloat16"},

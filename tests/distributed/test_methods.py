@@ -11,6 +11,7 @@ from tests.distributed.method_cases import DenseOISD, DenseSDPG
 from tests.tiny_models import save_tiny_model
 
 ONE_STAGE = {"tensor": 2, "sequence_parallel": True}
+INTERLEAVED = {"pipeline": 2, "virtual_pipeline": 2}
 # by number of processes: method, its changed options and the layout; the first of each method and options is the reference
 RUNS = {
     1: [
@@ -24,7 +25,11 @@ RUNS = {
         ("oisd", {"attention_coef": 0.0}, {}),
         ("oisd", {"attention_coef": 0.0}, {"recompute": "full", "microbatch_tokens": 48}),
     ],
-    2: [(m, {}, layout) for m in ("sdpg", "oisd") for layout in ({"tensor": 2}, ONE_STAGE, {"pipeline": 2}, {"data": 2})],
+    2: [
+        (m, {}, layout)
+        for m in ("sdpg", "oisd")
+        for layout in ({"tensor": 2}, ONE_STAGE, {"pipeline": 2}, INTERLEAVED, {"data": 2})
+    ],
     4: [
         ("sdpg", {}, {**ONE_STAGE, "pipeline": 2}),
         ("oisd", {}, {**ONE_STAGE, "pipeline": 2}),

@@ -11,6 +11,7 @@ from tests.distributed.reading_cases import dense_first_step
 from tests.tiny_models import save_tiny_model
 
 TAPS = {"qwen3_tied": (1, 3), "qwen3_untied": (2,)}  # of four layers; with two stages, of both or on a border
+INTERLEAVED = {"pipeline": 2, "virtual_pipeline": 2}
 RUNS = {
     1: [
         {},
@@ -20,10 +21,11 @@ RUNS = {
         {"recompute": "selective"},
         {"recompute": "full"},
     ],
-    2: [{"tensor": 2}, {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}, {"data": 2}],
+    2: [{"tensor": 2}, {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}, INTERLEAVED, {"data": 2}],
     4: [
         {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
         {"pipeline": 4},
+        {"tensor": 2, "sequence_parallel": True, **INTERLEAVED},
         {"pipeline": 2, "data": 2, "microbatch_tokens": 48},
         {"tensor": 4},
     ],

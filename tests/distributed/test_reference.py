@@ -18,8 +18,9 @@ BEGINS = [
     {"data": 2, **BF16},
     {"data": 2, "distributed_optimizer": False, **BF16},
     {"pipeline": 2, **BF16},  # a tied embedding on both stages
+    {"pipeline": 2, "virtual_pipeline": 2, **BF16},
 ]
-RESUMES = [{"tensor": 2}, {"pipeline": 2}]
+RESUMES = [{"tensor": 2}, {"pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}]
 
 
 @pytest.fixture(scope="module")

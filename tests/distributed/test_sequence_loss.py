@@ -11,6 +11,7 @@ from tests.tiny_models import save_tiny_model
 LAYOUTS = [
     {"tensor": 2, "sequence_parallel": True},
     {"pipeline": 2, "microbatch_tokens": 48},
+    {"pipeline": 2, "virtual_pipeline": 2, "microbatch_tokens": 48},
     {"data": 2, "microbatch_tokens": 48, "head_chunk_tokens": 7},
     {"data": 2, "distributed_optimizer": False},
     {"tensor": 2, "fused_head": False},

@@ -65,9 +65,9 @@ def make_model_folder(folder: Path, seed: int = 0) -> Path:
     return _save(make_model(seed, layers=2, width=32), folder)
 
 
-def make_policy_folder(folder: Path) -> Path:
+def make_policy_folder(folder: Path, layers: int = 2) -> Path:
     """A policy that solves some of the problems, so that RL has a gradient."""
-    return _save(_trained_model(), folder)
+    return _save(_trained_model(layers), folder)
 
 
 def _save(model: PreTrainedModel, folder: Path) -> Path:
@@ -79,13 +79,13 @@ def _save(model: PreTrainedModel, folder: Path) -> Path:
 
 
 @cache
-def _trained_model() -> PreTrainedModel:
+def _trained_model(layers: int) -> PreTrainedModel:
     problems = reasoning_gym.create_dataset("countdown", size=2000, seed=3, **COUNTDOWN["options"])
     examples = []
     for metadata in (problem["metadata"] for problem in problems):
         numbers, expression = ",".join(map(str, metadata["numbers"])), metadata["expression"]
         examples.append((f"{metadata['target']}|{numbers}=", expression))
-    model = make_model(0, layers=2, width=32)
+    model = make_model(0, layers=layers, width=32)
     imitate(model, make_tokenizer(), examples, steps=120)
     return model
 

@@ -519,6 +519,10 @@ def test_bad_overrides_are_refused(tmp_path: Path, override: str, message: str) 
         (recipe(checkpoint={"keep_best": "reward/mean"}), ["checkpoint.keep_best: must be eval/avg_at_k"]),
         (recipe(sft={"steps": 1}), ["sft.steps needs data.solution_template"]),
         (recipe(parallel={"sequence_parallel": True}), ["parallel.sequence_parallel needs parallel.tensor > 1"]),
+        (
+            recipe(parallel={"virtual_pipeline": 2}),
+            ["parallel.virtual_pipeline needs parallel.pipeline > 1", "set it to 1"],
+        ),
     ],
 )
 def test_fields_that_disagree_are_named(tree: dict[str, Any], keys: list[str]) -> None:
@@ -534,6 +538,7 @@ def test_fields_that_disagree_are_named(tree: dict[str, Any], keys: list[str]) -
         {"rl": {"overlong_buffer": 4096}},
         {"checkpoint": {"keep_best": "eval/pass_at_k"}, "eval": {"data": {"path": "h"}}},
         {"parallel": {"sequence_parallel": True, "tensor": 2}},
+        {"parallel": {"virtual_pipeline": 2, "pipeline": 2}},
         {"parallel": {"microbatch_tokens": 10240}, "eval": {"data": {"path": "h"}}},
         {"data": {"path": "p", "solution_template": "{answer}"}, "sft": {"steps": 1}},
         {"data": {"source": "datasets", "path": "folder"}},

@@ -49,6 +49,15 @@ def test_servers_have_their_own_gpus() -> None:
     assert found and all(layout.estimate.config.rollout.mode == "server" for layout in found)
 
 
+def test_virtual_stages_of_the_recipe_are_tried_with_and_without() -> None:
+    found, tried = layouts_that_fit(
+        recipe("qwen3_4b_ts_opsd", "parallel.pipeline=2", "parallel.virtual_pipeline=3"), 8, "h100-80g"
+    )
+    sizes = [(p.pipeline, p.virtual_pipeline) for p in (layout.estimate.config.parallel for layout in found)]
+    assert tried == 2 * layouts_that_fit(recipe(), 8, "h100-80g")[1]
+    assert {(1, 1), (2, 1), (2, 3), (4, 3)} <= set(sizes) and (1, 3) not in sizes
+
+
 def test_what_is_printed_last_is_an_override_of_the_recipe_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(YAML / "qwen3_4b_ts_opsd.yaml"), "--gpus", "16", "--layouts"]) == 0
     out = capsys.readouterr().out

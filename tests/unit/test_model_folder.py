@@ -133,7 +133,7 @@ def megatron_logits(folder: Path, tokens: Tensor) -> Tensor:
     with convert._single_process(folder, torch.float32) as (hf, config, topology):
         model = build_model(hf, config, topology, choose_backend("sdpa"))
         load_hf_weights(model, HFReader(folder), topology)
-        return convert._logits(model.eval(), tokens)[:, : hf.vocab_size]
+        return convert._logits(model.last.eval(), tokens)[:, : hf.vocab_size]
 
 
 @torch.no_grad()

@@ -103,6 +103,16 @@ def test_unpack_returns_response_values_by_sequence():
         assert found[i].tolist() == s.token_ids[s.num_prompt_tokens :].tolist()
 
 
+@pytest.mark.parametrize(("multiple", "count"), [(1, 3), (2, 4), (3, 3), (4, 4)])
+def test_every_rank_fills_up_to_a_multiple_with_empty_micro_batches(multiple, count):
+    options = {"data_size": 2, "microbatch_tokens": 9, "alignment": 1, "multiple": multiple}
+    shares = [make_microbatches(_batch([9, 8, 7, 6, 5]), data_rank=rank, **options) for rank in range(2)]
+    assert [len(share) for share in shares] == [count, count]
+    micros = [micro for share in shares for micro in share]
+    assert sorted(i for micro in micros for i in micro.sequence_indices) == [0, 1, 2, 3, 4]
+    assert sum(float(micro.loss_weights.sum()) for micro in micros) == pytest.approx(1.0)
+
+
 def test_a_rank_without_sequences_gets_an_empty_micro_batch():
     micros = make_microbatches(_batch([6]), data_rank=1, data_size=2, microbatch_tokens=99, alignment=2)
     assert len(micros) == 1 and micros[0].sequence_indices == ()

@@ -176,6 +176,22 @@ def test_a_tied_head_is_a_second_copy_on_the_last_of_two_stages() -> None:
     assert estimate.activation_bytes(0) == 2 * estimate.activation_bytes(1)  # two micro-batches are in flight
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_virtual_stages_hold_more_activations_and_have_a_shorter_bubble(recompute: str) -> None:
+    """By the formulas of arXiv 2104.04473, section 2.2, and Megatron's warm-up."""
+    plain, interleaved = (
+        tiny(4, parallel={"pipeline": 2, "virtual_pipeline": v}, model={"recompute": recompute}) for v in (1, 2)
+    )
+    inside = 256 * 2 * 832 if recompute == "full" else 0  # of the one layer that is computed again
+    held, more = (e.activation_bytes(0) - inside for e in (plain, interleaved))
+    assert more / held == 1 + (2 - 1) / (2 * 2)
+    assert (interleaved.activation_bytes(1) - inside) / (plain.activation_bytes(1) - inside) == 1.5
+    assert [e.stage_parameters(0) for e in (plain, interleaved)] == [2 * LAYER + TABLE] * 2
+    batch = plain.rl_batch
+    seconds = [e.pass_seconds(batch, training=True) for e in (plain, interleaved)]
+    assert seconds[1] / seconds[0] == pytest.approx((batch.microbatches + 1 / 2) / (batch.microbatches + 1))
+
+
 def test_unfused_logits_and_an_unsharded_optimizer_cost_more() -> None:
     fused, plain = tiny(), tiny(model={"fused_head": False}, parallel={"distributed_optimizer": False})
     assert plain.head_bytes() - fused.head_bytes() == 256 * 1000 * 2
@@ -401,6 +417,18 @@ def test_tensor_parallelism_across_nodes() -> None:
 
 def test_layout_that_does_not_divide_the_model() -> None:
     assert "does not divide the model's 36 layers" in refusal(configured(parallel={"pipeline": 8}), gpus=8)
+    message = refusal(configured(parallel={"pipeline": 4, "virtual_pipeline": 2}), gpus=8)
+    assert message == "parallel.virtual_pipeline 2 does not divide the 9 layers of a pipeline rank; change it"
+
+
+def test_virtual_stages_are_among_what_is_said_and_what_would_lower_the_memory() -> None:
+    parallel = {"pipeline": 2, "virtual_pipeline": 3, "data": 4, "microbatch_tokens": 8192}
+    rollout = {"max_tokens": 4096, "gpu_memory_utilization": 0.28}
+    config = configured(parallel=parallel, model={"recompute": "none"}, rollout=rollout)
+    assert "set parallel.virtual_pipeline=1 (" in refusal(config, gpus=8)
+    out = io.StringIO()
+    check(configured(parallel=parallel, rollout=rollout), gpus=8, console=Console(file=out, width=200))
+    assert "tensor 1 x pipeline 2 (3 model chunks each) x data 4" in out.getvalue()
 
 
 def test_context_that_the_model_lacks() -> None:
