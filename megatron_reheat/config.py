@@ -85,6 +85,10 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = Field(
         default=True, description="split optimizer state and master weights over the replicas"
     )
+    overlap_grad_reduce: bool | Literal["auto"] = Field(
+        default="auto",
+        description="sum gradients over the replicas while the backward pass still makes others; auto: on GPUs",
+    )
     microbatch_tokens: int = Field(default=16384, gt=0, description="packed tokens of one micro-batch, at most")
     timeout_s: float = Field(
         default=3600.0,

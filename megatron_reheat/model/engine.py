@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_reheat.config import Config
 from megatron_reheat.metrics import MetricSums
 from megatron_reheat.model.architecture import Architecture
 from megatron_reheat.model.backend import choose_backend
+from megatron_reheat.model.data_parallel import PolicyDDP, ddp_config
 from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import HFExporter, load_hf_weights
 from megatron_reheat.model.master_weights import MasterWeights, Snapshot
@@ -216,15 +216,9 @@ class Engine:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _wrap(self, model: Any) -> tuple[DistributedDataParallel, Any]:
+    def _wrap(self, model: Any) -> tuple[PolicyDDP, Any]:
         config, o = self.config, self.config.optimizer
-        bf16 = model.config.bf16
-        distributed = config.parallel.distributed_optimizer
-        wrapped = DistributedDataParallel(
-            model.config,
-            DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=bf16),
-            Float16Module(model.config, model) if bf16 else model,
-        )
+        wrapped = PolicyDDP(model, ddp_config(config, self.topology))
         optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -234,9 +228,9 @@ class Engine:
                 adam_beta2=o.beta2,
                 adam_eps=o.eps,
                 clip_grad=o.grad_clip,
-                bf16=bf16,
+                bf16=model.config.bf16,
                 params_dtype=model.config.params_dtype,
-                use_distributed_optimizer=distributed,
+                use_distributed_optimizer=config.parallel.distributed_optimizer,
             ),
             [wrapped],
         )
