@@ -293,7 +293,9 @@ def _train(parsed: argparse.Namespace) -> int:
     world_size = _world_size(config)
     end_with_launcher()
     from megatron_reheat.cluster.gpu_start import check_gpu_start
+    from megatron_reheat.parallel.kernel_order import order_kernels
 
+    order_kernels(config)
     check_gpu_start(config, world_size, force=parsed.force)
     if world_size > 1 and not is_rank:
         force = ["--force"] if parsed.force else []

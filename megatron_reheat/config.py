@@ -59,7 +59,7 @@ class ModelConfig(Section):
     )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
-        description="activations computed again in the backward pass: none, those of the attention core, or all (least memory)",
+        description="activations computed again in the backward pass: none, mainly the MLPs', or all (least memory)",
     )
     vocab_pad_multiple: int = Field(
         default=1, gt=0, le=2**16, description="pad the vocabulary to a multiple of this x TP"

@@ -1,13 +1,13 @@
-"""Megatron's data-parallel wrapper around the policy: gradients are summed over the replicas, during the backward pass or after.
+"""Megatron's data-parallel wrapper of the policy: gradients are summed over the replicas, during the backward pass or after.
 
 With overlap, a bucket of gradients is on its way as soon as the last micro-batch's backward pass has made all of them, and
 Megatron's schedule waits for the buckets before it returns: whoever looks at a gradient afterwards sees the sum. A run's first
 update finds out how often each parameter is reported and sums up at its end.
 
-The distributed optimizer's other collective, which gathers the new weights, stays where the optimizer step ends
-(`overlap_param_gather` is off). Nearly every reader of the weights is somebody else than the next forward pass of Megatron's
-modules, whose hooks would wait for them: samplers, checkpoints and snapshots read them after each step, and the fused head reads
-its weight past the output layer. There is little to gain: it is one collective per minibatch, of half a gradient's bytes.
+The distributed optimizer's other collective, which gathers the new weights, stays where the optimizer's step ends
+(`overlap_param_gather` is off). Only the hooks of Megatron's modules would wait for it, in the next forward pass, while
+samplers, checkpoints and snapshots read the weights after a step, and the fused head reads its own past the output layer. What
+there is to gain is half of a bfloat16 model's gradients in bytes, once a minibatch, and nothing after a step's last.
 
 Nor does Transformer Engine overlap tensor parallelism's collectives with matrix products (`tp_comm_overlap`): its buffers hold
 inputs of one size, and micro-batches of packed sequences differ in length.

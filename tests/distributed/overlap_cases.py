@@ -12,13 +12,14 @@ from torch import Tensor
 
 from tests.distributed.cases import random_batch, running_engine
 
+
 def both_ways(runs: list[tuple[Path, dict[str, Any]]]) -> list[dict[bool, dict[str, Any]]]:
     """For each model and layout the same updates, by whether they overlap."""
     return [{overlap: _updates(folder, overlap, **layout) for overlap in (False, True)} for folder, layout in runs]
 
 
 def _updates(folder: Path, overlap: bool, bucket: int | None = None, **layout: Any) -> dict[str, Any]:
-    """Scored before and in the update, with whole sequences, a tapped layer, rejected, reheating, and ranks without a sequence."""
+    """Scored before and in the update, whole sequences, rejected, with a tapped layer, and where a rank has no sequence."""
     from megatron_reheat.losses.policy_gradient import policy_loss
     from megatron_reheat.losses.reheat import reheat_loss, sft_loss
     from megatron_reheat.model import engine as module
@@ -70,7 +71,7 @@ def _updates(folder: Path, overlap: bool, bucket: int | None = None, **layout: A
                 batch = batch.with_old_logprobs([lp - 0.1 for lp in scores.logprobs])
             result = engine.update(batch, loss, lr=1e-2, weight_decay=0.01, **options)
             history.append((result.applied, result.metrics))
-        weights = {n: t.clone() for n, t in engine.iter_hf_weights()}
+        weights = {n: t.cpu().clone() for n, t in engine.iter_hf_weights()}
         return {"history": history, "weights": weights, "early": early}
 
 
@@ -80,7 +81,9 @@ def _watch(engine: Any) -> list[list[bool]]:
     for group in engine._model.bucket_groups:
         early: list[bool] = []
 
-        def finish(group: Any = group, early: list[bool] = early, finish: Any = group.finish_grad_sync, **kw: Any) -> None:
+        def finish(
+            group: Any = group, early: list[bool] = early, finish: Any = group.finish_grad_sync, **kw: Any
+        ) -> None:
             early.append(group.grad_reduce_handle is not None)
             finish(**kw)
 
