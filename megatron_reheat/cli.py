@@ -328,7 +328,9 @@ def _launch(config: Config, world_size: int, parsed: argparse.Namespace) -> int:
 
 def _check_gpu_start(config: Config, world_size: int, parsed: argparse.Namespace) -> None:
     from megatron_reheat.cluster.gpu_start import check_gpu_start
+    from megatron_reheat.parallel.kernel_order import order_kernels
 
+    order_kernels(config)
     check_gpu_start(config, world_size, force=parsed.force)
 
 

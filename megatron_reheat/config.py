@@ -59,7 +59,7 @@ class ModelConfig(Section):
     )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
-        description="activations computed again in the backward pass: none, those of the attention core, or all (least memory)",
+        description="activations computed again in the backward pass: none, mainly the MLPs', or all (least memory)",
     )
     vocab_pad_multiple: int = Field(
         default=1, gt=0, le=2**16, description="pad the vocabulary to a multiple of this x TP"
@@ -90,6 +90,10 @@ class ParallelConfig(Section):
     )
     distributed_optimizer: bool = Field(
         default=True, description="split optimizer state and master weights over the replicas"
+    )
+    overlap_grad_reduce: bool | Literal["auto"] = Field(
+        default="auto",
+        description="sum gradients over the replicas while the backward pass still makes others; auto: on GPUs",
     )
     microbatch_tokens: int = Field(default=16384, gt=0, description="packed tokens of one micro-batch, at most")
     timeout_s: float = Field(

@@ -13,7 +13,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 # what makes a process a rank of the trainer's job
 _TORCHRUN_VARIABLES = frozenset(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-# of the trainer alone (`parallel.topology.order_kernels`)
+# of the trainer alone (`parallel.kernel_order`)
 _TRAINER_VARIABLES = ("CUDA_DEVICE_MAX_CONNECTIONS",)
 _TORCHRUN_PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "PET_")
 

@@ -119,13 +119,15 @@ class Estimate(Memory):
         return layers + head * 2 * m.head_parameters
 
     def pass_flops(self, context: float, *, head: float, training: bool) -> float:
-        """Per token: forward, and twice that backward; recompute repeats forward."""
+        """Per token: forward, and twice that backward; recompute repeats forward, or the MLPs' part of it."""
+        m = self.model
         body = self._forward_flops(context, head=0.0)
-        lm_head = head * 2 * self.model.head_parameters
+        lm_head = head * 2 * m.head_parameters
         if not training:
             return body + lm_head
-        body *= 4 if self.config.model.recompute == "full" else 3
-        return body + lm_head * 3  # the fused head's gradient is taken while its logits exist
+        mlps = m.num_hidden_layers * 2 * 3 * m.hidden_size * m.intermediate_size
+        repeated = {"none": 0, "selective": mlps, "full": body}[self.config.model.recompute]
+        return 3 * body + repeated + lm_head * 3  # the fused head's gradient is taken while its logits exist
 
     def pass_seconds(self, batch: Batch, *, training: bool) -> float:
         """Forward (or forward and backward) of one minibatch, tensor-parallel collectives and pipeline bubble included."""
@@ -134,7 +136,8 @@ class Estimate(Memory):
         tokens, count = batch.tokens_per_replica, batch.microbatches
         flops = tokens * self.pass_flops(batch.context, head=head, training=training) / (p.tensor * p.pipeline)
         layers = m.num_hidden_layers / p.pipeline
-        passes = 1 if not training else 4 if self.config.model.recompute == "full" else 3
+        # an MLP is half of a layer's collectives, and about half of its kernels
+        passes = 1 if not training else 3 + {"none": 0, "selective": 0.5, "full": 1}[self.config.model.recompute]
         seconds = flops / (self.gpu.flops * constants.train_flops) + passes * count * layers * constants.layer_launch_s
         if p.tensor > 1:
             # two all-reduces (or their halves) per layer in each of forward, backward and recompute

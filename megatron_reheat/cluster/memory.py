@@ -83,19 +83,22 @@ class Memory(Workload):
     def activation_bytes(self, stage: int = 0) -> float:
         """Kept for the backward pass by the micro-batches in flight, with fused kernels (Transformer Engine).
 
-        Full recompute keeps each layer's input and one layer's inside. Selective recompute repeats the attention core,
-        which keeps nothing of size under flash attention, so it costs and saves next to nothing here.
+        Full recompute keeps each layer's input and one layer's inside; selective recompute each layer's attention and one
+        layer's MLP.
         """
         m, p = self.model, self.config.parallel
         split = p.tensor if p.sequence_parallel else 1
-        # norm inputs and outputs; qkv, rotated q and k, attention output; gate and up, their product
-        inside = 4 * m.hidden_size / split
-        inside += (3 * m.query_width + 3 * m.kv_width + 3 * m.intermediate_size) / p.tensor
+        # both parts' inputs and a norm's output; qkv, rotated q and k, attention output
+        attention = 3 * m.hidden_size / split + (3 * m.query_width + 3 * m.kv_width) / p.tensor
+        # a norm's output; gate and up, their product
+        mlp = m.hidden_size / split + 3 * m.intermediate_size / p.tensor
         token = VALUE_BYTES[self.config.model.dtype] * p.microbatch_tokens
         layers = self.chunks_in_flight(stage) * (m.num_hidden_layers // (p.pipeline * p.virtual_pipeline))
         if self.config.model.recompute == "full":
-            return token * (layers * m.hidden_size / split + inside)
-        return token * layers * inside
+            return token * (layers * m.hidden_size / split + attention + mlp)
+        if self.config.model.recompute == "selective":
+            return token * (layers * attention + mlp)
+        return token * layers * (attention + mlp)
 
     def chunks_in_flight(self, stage: int) -> int:
         """Passes of micro-batches through model chunks of a stage, forward and not yet back, at most; one chunk is all of its

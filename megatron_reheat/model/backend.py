@@ -21,6 +21,15 @@ class Backend:
     fused_weight_gradient: bool
     optimizer: Literal["transformer_engine", "apex", "torch"]
 
+    @property
+    def recomputed_modules(self) -> list[str]:
+        """What selective recomputation repeats: the parts of a layer that keep more than they cost.
+
+        That is the MLP everywhere. Transformer Engine's attention keeps nothing of size; the local one keeps padded copies of
+        its inputs. Norms are no choice: Megatron repeats them with Transformer Engine only, where they are part of the products.
+        """
+        return ["mlp"] if self.attention == "transformer_engine" else ["mlp", "core_attn"]
+
     def __str__(self) -> str:
         layers = "Transformer Engine" if self.attention == "transformer_engine" else "Megatron local + torch SDPA"
         fused = "fused" if self.fused_weight_gradient else "not fused"

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_reheat.config import Config
@@ -25,6 +24,7 @@ from megatron_reheat.metrics import MetricSums
 from megatron_reheat.model.architecture import Architecture
 from megatron_reheat.model.backend import choose_backend
 from megatron_reheat.model.chunks import ModelChunks
+from megatron_reheat.model.data_parallel import PolicyDDP, ddp_config
 from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import HFExporter, load_hf_weights
 from megatron_reheat.model.master_weights import MasterWeights, Snapshot
@@ -218,18 +218,9 @@ class Engine:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _wrap(self, model: ModelChunks) -> tuple[list[DistributedDataParallel], Any]:
+    def _wrap(self, model: ModelChunks) -> tuple[list[PolicyDDP], Any]:
         config, o = self.config, self.config.optimizer
-        bf16 = model.config.bf16
-        distributed = config.parallel.distributed_optimizer
-        wrapped = [
-            DistributedDataParallel(
-                model.config,
-                DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=bf16),
-                Float16Module(model.config, chunk) if bf16 else chunk,
-            )
-            for chunk in model.models
-        ]
+        wrapped = [PolicyDDP(chunk, ddp_config(config, self.topology)) for chunk in model.models]
         optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -239,13 +230,16 @@ class Engine:
                 adam_beta2=o.beta2,
                 adam_eps=o.eps,
                 clip_grad=o.grad_clip,
-                bf16=bf16,
+                bf16=model.config.bf16,
                 params_dtype=model.config.params_dtype,
-                use_distributed_optimizer=distributed,
+                use_distributed_optimizer=config.parallel.distributed_optimizer,
             ),
             wrapped,
         )
         model.config.finalize_model_grads_func = _finalize_without_rescaling
+        if wrapped[0].ddp_config.overlap_grad_reduce:  # else Megatron's schedule would sum up after every micro-batch
+            no_sync = [chunk.no_sync for chunk in wrapped]
+            model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         return wrapped, optimizer
 
     def _tap(self, layers: tuple[int, ...], attention: tuple[int, ...]) -> None:

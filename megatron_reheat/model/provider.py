@@ -333,7 +333,7 @@ def transformer_config(hf: Any, config: Config, backend: Backend) -> Transformer
     if config.model.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif config.model.recompute == "selective":
-        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        recompute = {"recompute_granularity": "selective", "recompute_modules": backend.recomputed_modules}
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,

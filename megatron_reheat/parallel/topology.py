@@ -18,6 +18,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_reheat.config import Config
 from megatron_reheat.errors import ReheatError
 from megatron_reheat.parallel import cpu
+from megatron_reheat.parallel.kernel_order import order_kernels
 
 T = TypeVar("T")
 
@@ -115,13 +116,6 @@ def _values(gathered: list[tuple[Any, str | None]]) -> list[Any]:
     return [value for value, _ in gathered]
 
 
-def order_kernels(config: Config) -> None:
-    """Before CUDA is used: with tensor parallelism Megatron counts on kernels starting in the order in which they are queued,
-    so that a collective begins before the matrix product that it overlaps with. Whoever sets the variable knows better."""
-    if config.parallel.tensor > 1:
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-
-
 def initialize(config: Config) -> Topology:
     """Joins the process group torchrun prepared (or makes a group of one) and lays out TP x PP x DP.
 
@@ -130,13 +124,13 @@ def initialize(config: Config) -> Topology:
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config.data_parallel(world_size)
+    order_kernels(config)
     on_cpu = cpu.install()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if on_cpu:
         # ranks that each take every core fight each other to a crawl
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     else:
-        order_kernels(config)
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"

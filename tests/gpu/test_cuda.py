@@ -10,6 +10,7 @@ from megatron_reheat.config import RolloutConfig
 from megatron_reheat.losses import fused_tempered_kl, tempered_kl, vocab_logprobs
 from megatron_reheat.model.backend import choose_backend
 from megatron_reheat.parallel import cpu
+from megatron_reheat.parallel.kernel_order import gpu_architecture
 from megatron_reheat.parallel.vocab import VocabLogits
 from megatron_reheat.ports import free_port
 from megatron_reheat.rollout.embedded import EmbeddedEngine
@@ -18,6 +19,7 @@ from megatron_reheat.rollout.server.process import ServerProcess, transfer_backe
 from megatron_reheat.rollout.server.servers import Servers
 from megatron_reheat.rollout.server.weights import ServerWeights
 from megatron_reheat.types import SamplingParams
+from tests.distributed.launch import launch
 from tests.reference import LOGIT_CASES, dense_divergence, dense_kl, dense_logprobs, make_logits, relative_error
 from tests.tiny_models import save_tiny_model
 
@@ -85,6 +87,27 @@ def test_the_fused_head_on_the_device_matches_the_dense_reference(dtype):
 def test_the_cpu_backend_stays_out_of_the_way():
     assert cpu.install() is False
     assert torch.ones(1).cuda().is_cuda
+
+
+def test_the_driver_knows_the_gpus_as_torch_does():
+    oldest = min(torch.cuda.get_device_capability(index)[0] for index in range(torch.cuda.device_count()))
+    assert gpu_architecture() == oldest
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two replicas need a GPU each")
+def test_gradients_that_are_summed_early_are_the_same(tmp_path):
+    """As `tests/distributed/test_overlap.py` does on a CPU; but kernels that add in any order round otherwise each time."""
+    folder = save_tiny_model("qwen3_untied", tmp_path / "model")
+    layouts = [{"data": 2, "bucket": 3000}, {"data": 2, "distributed_optimizer": False, "bucket": 3000}]
+    runs = [(folder, layout) for layout in layouts]
+    for rank in launch("overlap_cases.both_ways", 2, tmp_path, runs=runs):
+        for ways in rank:
+            assert ways[True]["early"] == [[False] + 6 * [True]] * len(ways[True]["early"])
+            assert not any(map(any, ways[False]["early"]))
+            for (applied, during), (expected, after) in zip(ways[True]["history"], ways[False]["history"], strict=True):
+                assert applied == expected and during == pytest.approx(after, rel=1e-3, abs=1e-4)
+            for name, weight in ways[False]["weights"].items():
+                assert relative_error(ways[True]["weights"][name], weight) < 1e-3
 
 
 def test_the_backend_names_what_it_chose():

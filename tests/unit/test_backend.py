@@ -13,7 +13,8 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.model.backend import choose_backend
-from megatron_reheat.parallel.topology import order_kernels
+from megatron_reheat.parallel import kernel_order
+from megatron_reheat.parallel.kernel_order import needs_one_queue, order_kernels
 from megatron_reheat.processes import helper_environment
 from megatron_reheat.recipe import parse_config
 
@@ -64,11 +65,30 @@ def test_a_transformer_engine_that_does_not_load_is_not_there(install, monkeypat
         choose_backend("transformer_engine")
 
 
-@pytest.mark.parametrize(("tensor", "before", "after"), [(1, None, None), (2, None, "1"), (2, "8", "8")])
+def test_selective_recomputation_repeats_no_flash_attention(install) -> None:
+    assert choose_backend("auto").recomputed_modules == ["mlp", "core_attn"]
+    install("transformer_engine", "transformer_engine.pytorch")
+    assert choose_backend("auto").recomputed_modules == ["mlp"]
+
+
+# Megatron's rule: tensor parallelism before Blackwell
+@pytest.mark.parametrize(
+    ("tensor", "architecture", "needed"),
+    [(1, 9, False), (1, None, False), (2, 8, True), (2, 9, True), (2, None, True), (2, 10, False), (8, 12, False)],
+)
+def test_which_gpus_need_their_kernels_in_order(tensor: int, architecture: int | None, needed: bool) -> None:
+    assert needs_one_queue(tensor, architecture) == needed
+
+
+@pytest.mark.parametrize(
+    ("tensor", "architecture", "before", "after"),
+    [(1, 9, None, None), (2, 9, None, "1"), (2, 9, "8", "8"), (2, 10, None, None)],
+)
 def test_kernels_are_ordered_for_tensor_parallelism_in_the_trainer_alone(
-    tensor: int, before: str | None, after: str | None, monkeypatch: pytest.MonkeyPatch
+    tensor: int, architecture: int, before: str | None, after: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.setattr(kernel_order, "gpu_architecture", lambda: architecture)
     monkeypatch.delenv(name, raising=False)
     if before is not None:
         monkeypatch.setenv(name, before)

@@ -160,6 +160,17 @@ def test_full_recompute_keeps_inputs_and_one_layer() -> None:
     assert kept == 256 * 2 * (4 * 64 + 832)
 
 
+def test_selective_recompute_keeps_attention_and_one_mlp() -> None:
+    none, selective, full = (tiny(4, model={"recompute": way}) for way in ("none", "selective", "full"))
+    # of the MLP a norm's output and 3 x 96
+    assert selective.activation_bytes() == 256 * 2 * (4 * (832 - 64 - 288) + 64 + 288)
+    flops = [e.pass_flops(32.0, head=0.0, training=True) for e in (none, selective, full)]
+    assert flops[1] - flops[0] == 4 * 2 * 18_432
+    assert flops[2] - flops[0] == none.pass_flops(32.0, head=0.0, training=False)
+    times = [e.pass_seconds(e.rl_batch, training=True) for e in (none, selective, full)]
+    assert times[0] < times[1] < times[2]
+
+
 def test_tensor_parallelism_splits_matrices_and_pads_the_vocabulary() -> None:
     estimate = tiny(
         4, parallel={"tensor": 2, "sequence_parallel": True}, model={"vocab_pad_multiple": 512, "recompute": "none"}
