@@ -78,7 +78,7 @@ def _updates(folder: Path, overlap: bool, bucket: int | None = None, **layout: A
 def _watch(engine: Any) -> list[list[bool]]:
     """For each of the engine's buckets, of each update to come, whether its sum is on its way when the backward pass ends."""
     found = []
-    for group in engine._model.bucket_groups:
+    for group in (group for chunk in engine._wrapped for group in chunk.bucket_groups):
         early: list[bool] = []
 
         def finish(

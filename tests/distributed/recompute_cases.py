@@ -27,6 +27,6 @@ def recomputed(folder: Path) -> dict[str, dict[str, Any]]:
             engine.update(batch, sft_loss, lr=0.0, weight_decay=0.0)  # the optimizer's state is made at the first step
             with StorageCounter() as counter:
                 engine.update(batch, sft_loss, lr=0.0, weight_decay=0.0)
-            gradient = torch.cat([buffer.grad_data for buffer in engine._model.buffers])
+            gradient = torch.cat([buffer.grad_data for chunk in engine._wrapped for buffer in chunk.buffers])
             found[recompute] = {"gradient": gradient.clone(), "peak": counter.peak}
     return found

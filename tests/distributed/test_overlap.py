@@ -27,6 +27,7 @@ RUNS = {
     4: [
         ("qwen3_tied", {"data": 2, "pipeline": 2}),
         ("qwen3_tied", {**WHOLE, "pipeline": 2}),
+        ("qwen3_tied", {"data": 2, "pipeline": 2, "virtual_pipeline": 2}),
         ("qwen3_untied", {**WHOLE, "pipeline": 2}),
         ("qwen3_tied", {**WHOLE, "tensor": 2, "sequence_parallel": True, "recompute": "selective"}),
     ],
