@@ -348,6 +348,8 @@ def transformer_config(hf: Any, config: Config, backend: Backend) -> Transformer
         rotary_interleaved=False,
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        context_parallel_size=config.parallel.context,
+        cp_comm_type="p2p",  # Transformer Engine's ring of keys and values, which asks nothing of the number of heads
         sequence_parallel=config.parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,

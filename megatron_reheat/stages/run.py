@@ -502,8 +502,7 @@ class Run:
             engines = f"{len(rollout.servers) or rollout.num_servers} server(s),"
         for line in (
             f"{self.config.run.name}: {self.engine.num_parameters / 1e6:.2f}M parameters from {source}",
-            f"layout: tensor {t.tensor_size} x pipeline {t.pipeline_size} x data {t.data_size} on {t.device.type}; "
-            f"{self.engine.backend}",
+            f"layout: {self.config.parallel.layout(t.data_size)} on {t.device.type}; {self.engine.backend}",
             f"vLLM: {engines} ready {start_s:.1f} s after their start; {self._first_sync('')}",
             *(
                 f"{name}: {model.folder.path} in {model.dtype}, frozen, on as many; {self._first_sync(name)}"

@@ -14,7 +14,7 @@ from tests.e2e import runs
 from tests.hostile_checkpoints import PAYLOADS, REASONS
 from tests.tiny_models import save_tiny_model
 
-LOADS = [{"data": 2}, {"tensor": 2}, {"pipeline": 2}]
+LOADS = [{"data": 2}, {"tensor": 2}, {"pipeline": 2}, {"context": 2}]
 BF16 = {"dtype": "bfloat16"}
 LAYOUTS = [
     {"tensor": 2},
@@ -24,8 +24,9 @@ LAYOUTS = [
     {"data": 2, "distributed_optimizer": False, **BF16},
     {"pipeline": 2, **BF16},  # a tied embedding on both stages
     {"tensor": 2, **BF16},
+    {"context": 2, **BF16},
 ]
-TRIP = [LAYOUTS[3], LAYOUTS[5], LAYOUTS[6]]
+TRIP = [LAYOUTS[3], LAYOUTS[5], LAYOUTS[7], LAYOUTS[6]]
 
 
 @pytest.fixture(scope="module")

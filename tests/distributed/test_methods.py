@@ -24,7 +24,11 @@ RUNS = {
         ("oisd", {"attention_coef": 0.0}, {}),
         ("oisd", {"attention_coef": 0.0}, {"recompute": "full", "microbatch_tokens": 48}),
     ],
-    2: [(m, {}, layout) for m in ("sdpg", "oisd") for layout in ({"tensor": 2}, ONE_STAGE, {"pipeline": 2}, {"data": 2})],
+    2: [
+        *((m, {}, layout) for m in ("sdpg", "oisd") for layout in ({"tensor": 2}, ONE_STAGE, {"pipeline": 2}, {"data": 2})),
+        ("sdpg", {}, {"context": 2, "microbatch_tokens": 48}),
+        ("oisd", {"attention_coef": 0.0}, {"context": 2}),
+    ],
     4: [
         ("sdpg", {}, {**ONE_STAGE, "pipeline": 2}),
         ("oisd", {}, {**ONE_STAGE, "pipeline": 2}),

@@ -255,14 +255,14 @@ def test_batch_algebra_by_hand() -> None:
     batch = tiny(4, rl=rl).rl_batch
     assert (batch.sequences, batch.minibatches, batch.sequences_per_engine) == (64, 2, 16)
     assert batch.tokens == pytest.approx(64 * 48)
-    assert batch.tokens_per_replica == pytest.approx(64 * 48 / 2 / 4)
+    assert batch.tokens_per_block == pytest.approx(64 * 48 / 2 / 4)
     assert batch.microbatches == 2
 
 
 def test_a_rank_trains_at_least_the_longest_sequence() -> None:
     batch = tiny(64, rl={"prompts_per_step": 16, "group_size": 4}).rl_batch
     assert batch.sequences_per_engine == 4  # a prompt's group stays together
-    assert batch.tokens_per_replica == pytest.approx(16 + min(128, batch.lengths.longest(64)))
+    assert batch.tokens_per_block == pytest.approx(16 + min(128, batch.lengths.longest(64)))
 
 
 def test_lengths_have_the_mean_that_was_asked_for() -> None:
