@@ -149,7 +149,7 @@ class RewardConfig(Section):
         default=True,
         description="false: functions may use network, files and processes, and get this process's environment",
     )
-    workers: int = Field(default=2, gt=0, le=MAX_PROCESSES, description="per data-parallel replica")
+    workers: int = Field(default=2, gt=0, le=MAX_PROCESSES, description="per replica of the model")
     timeout_s: float = Field(
         default=10.0, gt=0, le=MAX_WAIT_S, description="of one answer, seconds; one that takes longer counts as wrong"
     )

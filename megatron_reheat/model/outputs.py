@@ -162,8 +162,8 @@ class Scoring:
 class ViewStates:
     """Hidden states [R, H] of a view at its responses, in `states`, one for each of the `micros` that they are read beside.
 
-    With context parallelism at the tokens that are in those.
-    Zero for sequences of `batch` that the view leaves out, so that rows agree with those of the micro-batch.
+    Zero for sequences of `batch` that the view leaves out, so that rows agree with those of the micro-batch; only at the tokens
+    that are in it, where context parallelism has split it.
     """
 
     head: OutputHead
