@@ -346,7 +346,7 @@ def _world_size(config: Config) -> int:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         config.data_parallel(world_size)
         return world_size
-    return config.parallel.tensor * config.parallel.pipeline * config.data_parallel()
+    return config.parallel.block * config.data_parallel()
 
 
 def _run(config: Config, world_size: int, fork_server: ForkServer | None = None) -> int:

@@ -69,7 +69,7 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Megatron's layout. `data` may stay empty under torchrun: it is then WORLD_SIZE / (tensor x pipeline)."""
+    """Megatron's layout. `data` may stay empty under torchrun: it is then WORLD_SIZE / (tensor x pipeline x context)."""
 
     tensor: int = Field(default=1, gt=0, le=MAX_PROCESSES, description="tensor parallel size (TP)")
     pipeline: int = Field(default=1, gt=0, le=MAX_PROCESSES, description="pipeline parallel size (PP)")
@@ -79,11 +79,19 @@ class ParallelConfig(Section):
         le=MAX_PROCESSES,
         description="model chunks of a pipeline rank (VPP), run interleaved: a shorter bubble for more messages between ranks",
     )
+    context: int = Field(
+        default=1,
+        gt=0,
+        le=MAX_PROCESSES,
+        description="context parallel size (CP): so many copies of the model share a micro-batch, each with a part of every "
+        "sequence",
+    )
     data: int | None = Field(
         default=None,
         gt=0,
         le=MAX_PROCESSES,
-        description="data parallel replicas (DP); empty: as many as there are processes for, 1 without torchrun",
+        description="data parallel size (DP), of micro-batches at a time; empty: as many as there are processes for, 1 without "
+        "torchrun",
     )
     sequence_parallel: bool = Field(
         default=False, description="split activations between tensor parallel regions over the TP ranks, too"
@@ -95,13 +103,34 @@ class ParallelConfig(Section):
         default="auto",
         description="sum gradients over the replicas while the backward pass still makes others; auto: on GPUs",
     )
-    microbatch_tokens: int = Field(default=16384, gt=0, description="packed tokens of one micro-batch, at most")
+    microbatch_tokens: int = Field(
+        default=16384,
+        gt=0,
+        description="packed tokens of one micro-batch, at most, on all its context parallel ranks together",
+    )
     timeout_s: float = Field(
         default=3600.0,
         gt=0,
         le=MAX_WAIT_S,
         description="longest wait of a rank for the others, while one of them samples, grades or saves",
     )
+
+    @property
+    def block(self) -> int:
+        """Ranks that work on one micro-batch."""
+        return self.tensor * self.pipeline * self.context
+
+    def sizes(self, prefix: str = "") -> tuple[str, str]:
+        """Names and sizes of what makes a `block`; context parallelism is named where there is any."""
+        named = {"tensor": self.tensor, "pipeline": self.pipeline}
+        named |= {"context": self.context} if self.context > 1 else {}
+        return " x ".join(f"{prefix}{name}" for name in named), " x ".join(map(str, named.values()))
+
+    def layout(self, data: int) -> str:
+        """In words, with `data` replicas of a block."""
+        chunks = f" ({self.virtual_pipeline} model chunks each)" if self.virtual_pipeline > 1 else ""
+        context = f" x context {self.context}" if self.context > 1 else ""
+        return f"tensor {self.tensor} x pipeline {self.pipeline}{chunks}{context} x data {data}"
 
 
 Weight = Annotated[float, Field(ge=-MAX_REWARD, le=MAX_REWARD)]
@@ -131,7 +160,7 @@ class RewardConfig(Section):
         default=True,
         description="false: functions may use network, files and processes, and get this process's environment",
     )
-    workers: int = Field(default=2, gt=0, le=MAX_PROCESSES, description="per data-parallel replica")
+    workers: int = Field(default=2, gt=0, le=MAX_PROCESSES, description="per replica of the model")
     timeout_s: float = Field(
         default=10.0, gt=0, le=MAX_WAIT_S, description="of one answer, seconds; one that takes longer counts as wrong"
     )
@@ -523,21 +552,19 @@ class Config(Section):
         return self.reheat_tokens if self.controller.trains else self.rollout.max_tokens
 
     def data_parallel(self, world_size: int | None = None) -> int:
-        """Replicas; checks `world_size` (torchrun's WORLD_SIZE) against the layout when it is given."""
+        """Data parallel size; checks `world_size` (torchrun's WORLD_SIZE) against the layout when it is given."""
         p = self.parallel
-        model_parallel = p.tensor * p.pipeline
         if world_size is None:
             return p.data or 1
-        if world_size % model_parallel:
+        names, sizes = p.sizes("parallel.")
+        if world_size % p.block:
             raise ConfigError(
-                f"WORLD_SIZE {world_size} is not divisible by parallel.tensor x parallel.pipeline = {p.tensor} x "
-                f"{p.pipeline} = {model_parallel}; change parallel.tensor or parallel.pipeline, or start a multiple of "
-                f"{model_parallel} processes"
+                f"WORLD_SIZE {world_size} is not divisible by {names} = {sizes} = {p.block}; change "
+                f"{names.replace(' x ', ' or ')}, or start a multiple of {p.block} processes"
             )
-        if p.data is not None and p.data * model_parallel != world_size:
+        if p.data is not None and p.data * p.block != world_size:
             raise ConfigError(
-                f"WORLD_SIZE {world_size} is not parallel.tensor x parallel.pipeline x parallel.data = {p.tensor} x "
-                f"{p.pipeline} x {p.data} = {model_parallel * p.data}; start {model_parallel * p.data} processes or "
-                f"set parallel.data={world_size // model_parallel}"
+                f"WORLD_SIZE {world_size} is not {names} x parallel.data = {sizes} x {p.data} = {p.block * p.data}; start "
+                f"{p.block * p.data} processes or set parallel.data={world_size // p.block}"
             )
-        return world_size // model_parallel
+        return world_size // p.block

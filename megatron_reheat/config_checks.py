@@ -85,6 +85,11 @@ def cross_field_problems(c: Config) -> Iterator[str]:
         yield "rl.sampler_servers needs rollout.mode=server"
     if c.rollout.servers and c.rollout.mode != "server":
         yield "rollout.servers needs rollout.mode=server"
+    if c.parallel.context > 1 and sequence < 2 * c.parallel.context:
+        yield (
+            f"parallel.context {c.parallel.context} cuts every sequence into {2 * c.parallel.context} chunks, and the longest, "
+            f"data.max_prompt_tokens + the longest response, has {sequence} tokens; lower parallel.context"
+        )
     if c.parallel.sequence_parallel and c.parallel.tensor == 1:
         yield "parallel.sequence_parallel needs parallel.tensor > 1; set it to false or raise parallel.tensor"
     if c.parallel.virtual_pipeline > 1 and c.parallel.pipeline == 1:

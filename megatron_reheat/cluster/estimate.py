@@ -130,10 +130,11 @@ class Estimate(Memory):
         return 3 * body + repeated + lm_head * 3  # the fused head's gradient is taken while its logits exist
 
     def pass_seconds(self, batch: Batch, *, training: bool) -> float:
-        """Forward (or forward and backward) of one minibatch, tensor-parallel collectives and pipeline bubble included."""
+        """Forward (or forward and backward) of one minibatch, with tensor-parallel collectives, the exchange of keys and values
+        between context ranks, and the pipeline's bubble."""
         m, p, constants = self.model, self.config.parallel, self.gpu.constants
         head = batch.lengths.mean / (batch.prompt_tokens + batch.lengths.mean) if self.config.model.fused_head else 1.0
-        tokens, count = batch.tokens_per_replica, batch.microbatches
+        tokens, count = batch.tokens_per_block / p.context, batch.microbatches
         flops = tokens * self.pass_flops(batch.context, head=head, training=training) / (p.tensor * p.pipeline)
         layers = m.num_hidden_layers / p.pipeline
         # an MLP is half of a layer's collectives, and about half of its kernels
@@ -146,12 +147,18 @@ class Estimate(Memory):
             seconds += reductions * (
                 volume / self._link(p.tensor) + count * 2 * (p.tensor - 1) * constants.collective_s
             )
+        if p.context > 1:
+            # keys and values of the others pass through each rank, backward with their gradients
+            exchanges = layers * (passes if training else 1)
+            passing = 2 * m.kv_width / p.tensor * VALUE_BYTES[self.config.model.dtype] * tokens * (p.context - 1)
+            latency = count * (p.context - 1) * constants.collective_s
+            seconds += exchanges * (passing / self._link(p.tensor * p.context) + latency)
         return seconds * (count + (p.pipeline - 1) / p.virtual_pipeline) / count
 
     def head_seconds(self, batch: Batch) -> float:
         """The LM head forward and backward over one minibatch's responses, on the last pipeline stage."""
         p, share = self.config.parallel, batch.lengths.mean / (batch.prompt_tokens + batch.lengths.mean)
-        flops = batch.tokens_per_replica * share * 3 * 2 * self.model.head_parameters / p.tensor
+        flops = batch.tokens_per_block * share * 3 * 2 * self.model.head_parameters / (p.tensor * p.context)
         return flops / (self.gpu.flops * self.gpu.constants.train_flops)
 
     def optimizer_seconds(self) -> float:

@@ -26,8 +26,8 @@ def check_gpu_start(config: Config, world_size: int, *, force: bool) -> None:
     ranks, count = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), torch.cuda.device_count()
     if ranks > count:
         raise ConfigError(
-            f"the layout asks for {ranks} ranks on this machine, which has {count} GPUs; lower parallel.data or "
-            "parallel.tensor, or start it on more machines (reheat slurm --nodes)"
+            f"the layout asks for {ranks} ranks on this machine, which has {count} GPUs; lower parallel.data, "
+            "parallel.tensor or parallel.context, or start it on more machines (reheat slurm --nodes)"
         )
     if force:
         return

@@ -21,7 +21,7 @@ from megatron_reheat.model.architecture import read_architecture
 from megatron_reheat.recipe import apply_override, parse_config
 
 SHOWN = 8
-SIZES = (1, 2, 4, 8, 16)  # of tensor and pipeline parallelism, and of an engine
+SIZES = (1, 2, 4, 8, 16)  # of tensor, pipeline and context parallelism, and of an engine
 RECOMPUTE = ("none", "selective", "full")
 
 
@@ -52,11 +52,24 @@ def layouts_that_fit(config: Config, gpus: int, gpu: str, mean_tokens: float | N
 
     What is tried: tensor (with sequence parallelism) and pipeline sizes that the model and a node allow, recomputation, and
     where engines share the trainer's GPUs one engine for each replica or engines in turns with it, of any size. Of virtual
-    pipeline stages as many as the recipe has, and none: what their messages cost is not in the estimate.
+    pipeline stages as many as the recipe has, and none: what their messages cost is not in the estimate. Only where none of
+    these fits, a micro-batch is split over context-parallel ranks, as few as will do.
     """
+    tried = 0
+    for context in SIZES:
+        found, more = _of_context_size(context, config, gpus, gpu, mean_tokens)
+        tried += more
+        if found:
+            return sorted(found, key=lambda layout: (layout.step_s, layout.gib)), tried
+    return [], tried
+
+
+def _of_context_size(
+    context: int, config: Config, gpus: int, gpu: str, mean_tokens: float | None
+) -> tuple[list[Layout], int]:
     found: list[Layout] = []
     tried = 0
-    for overrides in _ways(config, gpus):
+    for overrides in _ways(config, gpus, context):
         best: Layout | None = None
         for recompute in RECOMPUTE:
             tried += 1
@@ -65,17 +78,19 @@ def layouts_that_fit(config: Config, gpus: int, gpu: str, mean_tokens: float | N
                 best = layout
         if best is not None:
             found.append(best)
-    return sorted(found, key=lambda layout: (layout.step_s, layout.gib)), tried
+    return found, tried
 
 
-def _ways(config: Config, gpus: int) -> Iterator[tuple[str, ...]]:
+def _ways(config: Config, gpus: int, context: int) -> Iterator[tuple[str, ...]]:
     mode = config.rollout.mode
     virtual = config.parallel.virtual_pipeline
     for tensor, pipeline, chunks in itertools.product(SIZES, SIZES, sorted({1, virtual})):
-        if tensor > NODE_GPUS or gpus % (tensor * pipeline):
+        block = tensor * pipeline * context
+        if tensor > NODE_GPUS or gpus % block:
             continue
+        split = (f"parallel.context={context}",) if context != config.parallel.context else ()
         trainer = (
-            f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.data={gpus // (tensor * pipeline)}",
+            f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", *split, f"parallel.data={gpus // block}",
             f"parallel.sequence_parallel={'true' if tensor > 1 else 'false'}",
             *([f"parallel.virtual_pipeline={chunks}"] if virtual > 1 else []),
         )  # fmt: skip
@@ -126,7 +141,8 @@ def recommend(
         console.width = max(console.width, MIN_WIDTH)
     best = choice[0]
     table = Table(title=f"{config.run.name} on {gpus} x {gpu}: {len(choice)} layouts fit, of {tried} tried")
-    for column in ("TP", "PP", "DP", "engines", "recompute", "GiB", "RL step, s", "rollout", "update", "reheating, s"):
+    times = ("RL step, s", "rollout", "update", "reheating, s")
+    for column in ("TP", "PP", "CP", "DP", "engines", "recompute", "GiB", *times):
         table.add_column(column, justify="right")
     for layout in choice[:SHOWN]:
         e = layout.estimate
@@ -134,7 +150,7 @@ def recommend(
         engines = f"{e.num_engines} x TP{rollout.tensor}, {rollout.mode}"
         seconds = (layout.step_s, layout.phases["rollout"], layout.phases["update"], sum(e.reheat_step().values()))
         pipeline = f"{p.pipeline} x {p.virtual_pipeline}" if p.virtual_pipeline > 1 else p.pipeline
-        row = (p.tensor, pipeline, e.num_replicas, engines, e.config.model.recompute, f"{layout.gib:.1f}")
+        row = (p.tensor, pipeline, p.context, e.data_size, engines, e.config.model.recompute, f"{layout.gib:.1f}")
         table.add_row(*map(str, row), *(f"{s:.3g}" for s in seconds))
     console.print(table)
     console.print(f"All figures are estimates. {_why(best, _own(config, gpus, gpu, mean_tokens))}", soft_wrap=True)

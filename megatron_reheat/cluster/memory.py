@@ -81,7 +81,7 @@ class Memory(Workload):
         return layers + first * table + own_head * table + last * m.hidden_size
 
     def activation_bytes(self, stage: int = 0) -> float:
-        """Kept for the backward pass by the micro-batches in flight, with fused kernels (Transformer Engine).
+        """Kept for the backward pass by a rank's parts of the micro-batches in flight, with fused kernels (Transformer Engine).
 
         Full recompute keeps each layer's input and one layer's inside; selective recompute each layer's attention and one
         layer's MLP.
@@ -92,7 +92,7 @@ class Memory(Workload):
         attention = 3 * m.hidden_size / split + (3 * m.query_width + 3 * m.kv_width) / p.tensor
         # a norm's output; gate and up, their product
         mlp = m.hidden_size / split + 3 * m.intermediate_size / p.tensor
-        token = VALUE_BYTES[self.config.model.dtype] * p.microbatch_tokens
+        token = VALUE_BYTES[self.config.model.dtype] * p.microbatch_tokens / p.context
         layers = self.chunks_in_flight(stage) * (m.num_hidden_layers // (p.pipeline * p.virtual_pipeline))
         if self.config.model.recompute == "full":
             return token * (layers * m.hidden_size / split + attention + mlp)
@@ -112,11 +112,10 @@ class Memory(Workload):
         """Three float32 tensors [chunk, V/TP] for each vocabulary with a gradient, one for a teacher's; without the fused head
         the logits [micro-batch, V/TP] as well."""
         c, tensors = self.config, 3 * (1 + self.costs.heads) + (self.costs.read > 0)
+        tokens = c.parallel.microbatch_tokens / c.parallel.context
         columns = padded_vocab_size(self.model.vocab_size, c) // c.parallel.tensor
-        chunk = tensors * 4 * min(c.model.head_chunk_tokens, c.parallel.microbatch_tokens) * columns
-        return chunk + (
-            0 if c.model.fused_head else c.parallel.microbatch_tokens * columns * VALUE_BYTES[c.model.dtype]
-        )
+        chunk = tensors * 4 * min(c.model.head_chunk_tokens, tokens) * columns
+        return chunk + (0 if c.model.fused_head else tokens * columns * VALUE_BYTES[c.model.dtype])
 
     @property
     def engine_value_bytes(self) -> int:

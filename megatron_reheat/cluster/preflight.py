@@ -108,9 +108,8 @@ def gpu_called(name: str) -> Gpu:
 def estimate_on(gpu: Gpu, config: Config, *, gpus: int | None = None, mean_tokens: float | None = None) -> Estimate:
     """The same for any device."""
     p = config.parallel
-    model_parallel = p.tensor * p.pipeline
     if gpus is None:
-        gpus = model_parallel * p.data if p.data else max(NODE_GPUS, model_parallel)
+        gpus = p.block * p.data if p.data else max(NODE_GPUS, p.block)
     if gpus < 1:
         raise ConfigError(f"--gpus {gpus} must be at least 1")
     config.data_parallel(gpus)
@@ -195,9 +194,13 @@ def _changes(estimate: Estimate, total: float) -> Iterator[str]:
         yield "rollout.mode=colocated"
     if config.rollout.mode != "server" and (lower := math.floor(100 * (utilization - total / memory + 1)) / 100) > 0:
         yield f"rollout.gpu_memory_utilization={lower:g}"
-    while (tensor := 2 * p.tensor) <= min(NODE_GPUS, estimate.num_gpus // p.pipeline):
+    while (tensor := 2 * p.tensor) <= min(NODE_GPUS, estimate.num_gpus // (p.pipeline * p.context)):
         p = p.model_copy(update={"tensor": tensor, "data": p.data and p.data // 2})
         yield f"parallel.tensor={tensor}" + (f" parallel.data={p.data}" if p.data else "")
+    p = config.parallel
+    while 2 * p.block <= estimate.num_gpus:
+        p = p.model_copy(update={"context": 2 * p.context, "data": p.data and p.data // 2})
+        yield f"parallel.context={p.context}" + (f" parallel.data={p.data}" if p.data else "")
 
 
 def _changed_gib(estimate: Estimate, change: str) -> float:
@@ -222,11 +225,9 @@ def _changed_gib(estimate: Estimate, change: str) -> float:
 def _print_header(console: Console, e: Estimate, gpu: str) -> None:
     p = e.config.parallel
     nodes = math.ceil(e.num_gpus / NODE_GPUS)
-    virtual = f" ({p.virtual_pipeline} model chunks each)" if p.virtual_pipeline > 1 else ""
     console.print(f"{e.config.run.name}: {e.config.model.hf_path}, {e.model.num_parameters:,} parameters")
     console.print(
-        f"{e.num_gpus} x {gpu} ({nodes} node{'s' * (nodes > 1)} of up to {NODE_GPUS}): tensor {p.tensor} x pipeline "
-        f"{p.pipeline}{virtual} x data {e.num_replicas}; {_engines(e)}"
+        f"{e.num_gpus} x {gpu} ({nodes} node{'s' * (nodes > 1)} of up to {NODE_GPUS}): {p.layout(e.data_size)}; {_engines(e)}"
     )
     console.print(_method(e))
     idle = e.num_gpus - e.num_replicas
@@ -287,10 +288,11 @@ def _batch_table(e: Estimate) -> Table:
     row("tokens (prompt + mean response)", lambda b: f"{b.tokens:,.0f} ({b.prompt_tokens:.0f} + {b.lengths.mean:.0f})")
     row("optimizer steps (minibatches)", lambda b: f"{b.minibatches}")
     row("sequences of a minibatch", lambda b: f"{b.sequences // b.minibatches:,}")
-    row("tokens of a minibatch on a rank", lambda b: f"{b.tokens_per_replica:,.0f}")
+    context = e.config.parallel.context
+    row("tokens of a minibatch on a rank", lambda b: f"{b.tokens_per_block / context:,.0f}")
     row(
         "micro-batches on a rank",
-        lambda b: f"{b.microbatches} of up to {b.microbatch_tokens:,} tokens",
+        lambda b: f"{b.microbatches} of up to {b.microbatch_tokens // context:,} tokens",
     )
     row("sequences of an engine", lambda b: f"{b.sequences_per_engine:,}")
     row("of these at a time (KV cache)", lambda b: f"{e.concurrent_sequences(b):,.0f}")
@@ -366,10 +368,10 @@ def _scaling_table(e: Estimate) -> Table:
 
 
 def scaling(e: Estimate) -> list[tuple[int, float, float]]:
-    """(GPUs, RL seconds, reheating seconds) for more and more replicas of the same tensor x pipeline block, same batch."""
+    """(GPUs, RL seconds, reheating seconds) for more and more replicas of the same block of ranks, same batch."""
     p = e.config.parallel
     config = e.config.model_copy(update={"parallel": p.model_copy(update={"data": None})})
-    gpus = p.tensor * p.pipeline
+    gpus = p.block
     while gpus < NODE_GPUS:
         gpus *= 2
     rows = []

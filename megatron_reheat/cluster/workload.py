@@ -58,37 +58,38 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's sequences on all replicas, and how they are cut. `minibatches` is the number of optimizer steps."""
+    """One step's sequences on all ranks, and how they are cut. `minibatches` is the number of optimizer steps, `data_size` that
+    of micro-batches at a time, each of which a block of ranks shares."""
 
     prompts: int
     group_size: int
     minibatches: int
     lengths: Lengths
     prompt_tokens: float
-    num_replicas: int
+    data_size: int
     num_engines: int
     microbatch_tokens: int
 
     @property
     def sequences(self) -> int:
-        """Of the step, on all replicas together."""
+        """Of the step, on all ranks together."""
         return self.prompts * self.group_size
 
     @property
     def tokens(self) -> float:
-        """Of the step's prompts and responses, on all replicas together, expected."""
+        """Of the step's prompts and responses, on all ranks together, expected."""
         return self.sequences * (self.prompt_tokens + self.lengths.mean)
 
     @property
-    def tokens_per_replica(self) -> float:
-        """Of one minibatch, on the fullest replica: a sequence is never split, so the longest is a lower bound."""
-        even = self.tokens / self.minibatches / self.num_replicas
+    def tokens_per_block(self) -> float:
+        """Of one minibatch, on the fullest block: a sequence is never split over several, so the longest is a lower bound."""
+        even = self.tokens / self.minibatches / self.data_size
         return max(even, self.prompt_tokens + self.lengths.longest(self.sequences / self.minibatches))
 
     @property
     def microbatches(self) -> int:
-        """Of one minibatch on the fullest replica, if packing left no gaps."""
-        return math.ceil(self.tokens_per_replica / self.microbatch_tokens)
+        """Of one minibatch on the fullest block, if packing left no gaps."""
+        return math.ceil(self.tokens_per_block / self.microbatch_tokens)
 
     @property
     def sequences_per_engine(self) -> int:
@@ -147,9 +148,14 @@ class Workload:
         }
 
     @cached_property
-    def num_replicas(self) -> int:
-        """Copies of the model (DP); raises ConfigError where the layout does not fit `num_gpus`."""
+    def data_size(self) -> int:
+        """Micro-batches at a time (DP); raises ConfigError where the layout does not fit `num_gpus`."""
         return self.config.data_parallel(self.num_gpus)
+
+    @property
+    def num_replicas(self) -> int:
+        """Copies of the model (DP x CP)."""
+        return self.data_size * self.config.parallel.context
 
     @cached_property
     def num_engines(self) -> int:
@@ -194,5 +200,5 @@ class Workload:
 
     def _batch(self, prompts: int, group_size: int, updates: int, lengths: Lengths) -> Batch:
         microbatch_tokens = self.config.parallel.microbatch_tokens
-        replicas, engines = self.num_replicas, self.num_engines
-        return Batch(prompts, group_size, updates, lengths, self.prompt_tokens, replicas, engines, microbatch_tokens)
+        data, engines = self.data_size, self.num_engines
+        return Batch(prompts, group_size, updates, lengths, self.prompt_tokens, data, engines, microbatch_tokens)

@@ -52,6 +52,7 @@ def _response_means(values: Tensor, micro: MicroBatch) -> Tensor:
     owner = torch.repeat_interleave(torch.arange(len(borders) - 1, device=values.device), borders.diff())
     sums = torch.zeros(2, len(borders) - 1, dtype=torch.float64, device=values.device)
     sums.index_add_(1, owner, torch.stack([torch.where(micro.loss_mask.bool(), values, 0.0).double(), counted]))
+    sums = micro.total(sums)
     return (sums[0] / sums[1].clamp_min(1))[owner].to(values.dtype)
 
 

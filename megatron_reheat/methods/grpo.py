@@ -140,7 +140,8 @@ class GRPO:
     # whether nothing but `surrogate_loss` needs the batch's scores, which the only update of a step then makes itself
     scores_in_loss: ClassVar[bool] = True
     columns: Mapping[str, PerToken] = {}  # what it needs scored beside log-probabilities and entropies
-    # whether the loss needs all of a response's log-probabilities for its gradient
+    # whether the loss needs all of a response's log-probabilities for its gradient; under context parallelism other ranks have
+    # some of them, and what it sums over a response goes through `MicroBatch.total`
     whole_sequences: ClassVar[bool] = False
     taps: tuple[int, ...] = ()  # layers, counted from 1, whose states the loss reads through the model's own head
 

@@ -15,6 +15,11 @@ def reading_problems(config: Config, *, attention: bool = False) -> Iterator[str
             f"rl.method {method} compares predictions chunk by chunk inside the fused head, and model.fused_head=false makes "
             "all logits at once; set model.fused_head=true"
         )
+    if attention and config.parallel.context > 1:
+        yield (
+            f"rl.method {method} compares how layers attend, and with parallel.context {config.parallel.context} no rank has "
+            "all keys of a sequence; set parallel.context=1, or leave that term out (rl.options.attention_coef=0)"
+        )
     if attention and config.model.recompute == "full":
         yield (
             f"rl.method {method} compares how layers attend, and model.recompute=full throws a layer's queries and keys away "

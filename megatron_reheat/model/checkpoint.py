@@ -1,4 +1,4 @@
-"""Checkpoints in Megatron's sharded format: written aside, fsynced, renamed; readable under another TP x PP x DP layout.
+"""Checkpoints in Megatron's sharded format: written aside, fsynced, renamed; readable under another TP x PP x CP x DP layout.
 
     checkpoints/step-120/        Megatron's shards (weights, optimizer; while reheating the last good weights, too), state.json
                                  (the stages' state), config.yaml and hf/ (`carried_files`: with them the folder can be

@@ -2,8 +2,9 @@
 
 Loss contract: a loss closure gets the `Vocabulary` at T positions and the micro-batch, and returns its share of the batch's
 loss (a sum whose weights already carry the global denominator) with metric sums. Megatron's own scalings (micro-batch
-average, data-parallel average, token count) are switched off here and nowhere else, so a loss is invariant to TP, PP, DP and
-micro-batching.
+average, data-parallel average, token count) are switched off here and nowhere else, so a loss is invariant to TP, PP, CP, DP
+and micro-batching. Under context parallelism T are the rank's positions of every sequence: a sum over tokens is one over the
+ranks' sums, gradients are summed over data x context ranks, and what is summed over a sequence goes through `MicroBatch.total`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from megatron_reheat.model.outputs import ChunkedLoss, Evaluated, OutputHead, Sc
 from megatron_reheat.model.packed_sequences import PackedSequences
 from megatron_reheat.model.provider import build_model, check_layout, read_hf_config
 from megatron_reheat.parallel.attention import AttentionTerm
+from megatron_reheat.parallel.context import sequence_multiple
 from megatron_reheat.parallel.packing import Aggregation, Loss, MicroBatch, PerToken, make_microbatches
 from megatron_reheat.parallel.topology import Topology
 from megatron_reheat.types import FloatArray, Scores, TrainBatch
@@ -140,6 +142,7 @@ class Engine:
         """
         views = views or {}
         assert self.config.model.fused_head or not (views or taps or attention)
+        assert attention is None or self.config.parallel.context == 1  # `reading_problems`
         assert max(taps, default=0) < self.hf.num_hidden_layers  # the last layer's prediction is the policy's
         micros = self.microbatches(batch, aggregation, beside=tuple(views.values()))
         states = {name: self._view_states(name, views, batch, micros) for name in views}
@@ -258,21 +261,29 @@ class Engine:
     def microbatches(
         self, batch: TrainBatch, aggregation: Aggregation = "token_mean", beside: Sequence[TrainBatch] = ()
     ) -> list[MicroBatch]:
-        """This rank's share of `batch` on its device, cut as those `beside` it are; see `make_microbatches`."""
-        parallel = self.config.parallel
-        return make_microbatches(
+        """This rank's share of `batch` on its device, cut as those `beside` it are; see `make_microbatches`.
+
+        Under context parallelism, of each micro-batch this rank's part.
+        """
+        parallel, topology = self.config.parallel, self.topology
+        sequence_alignment = sequence_multiple(parallel.context)
+        micros = make_microbatches(
             batch,
-            data_rank=self.topology.data_rank,
-            data_size=self.topology.data_size,
+            data_rank=topology.data_rank,
+            data_size=topology.data_size,
             microbatch_tokens=parallel.microbatch_tokens,
-            alignment=parallel.tensor if parallel.sequence_parallel else 1,
+            sequence_alignment=sequence_alignment,
+            alignment=sequence_alignment * (parallel.tensor if parallel.sequence_parallel else 1),
             aggregation=aggregation,
-            device=self.topology.device,
+            device=topology.device,
             beside=beside,
             attention_length=Architecture.from_hf(self.hf).attention_length,
             # Megatron's interleaved schedule goes through them in groups of as many as there are stages
             multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
         )
+        if parallel.context == 1:
+            return micros
+        return [m.part(topology.context_rank, topology.context_size, topology.context_group) for m in micros]
 
     def _run(self, micros: Sequence[MicroBatch], evaluate: Evaluate, *, forward_only: bool) -> list[MetricSums]:
         """Megatron's pipeline schedule over the micro-batches; metric sums on the last stage, [] elsewhere."""
@@ -293,8 +304,9 @@ class Engine:
 
     def _output(self, model: Any, micro: MicroBatch) -> Tensor:
         fp32_output = {"fp32_output": False} if self.module.config.bf16 else {}
+        borders = micro.cu_seqlens if micro.split is None else micro.split.cu_seqlens
         packed = PackedSequences.of(
-            micro.cu_seqlens, micro.max_seqlen, micro.position_ids, self.module.last.frequencies
+            borders, micro.max_seqlen, micro.position_ids, self.module.last.frequencies, split=micro.split
         )
         return model(micro.tokens[None], micro.position_ids[None], None, packed_seq_params=packed, **fp32_output)
 
@@ -303,7 +315,10 @@ class Engine:
         by_index: Scored = {}
         for part in self.topology.gather_from_last_stages(scored):
             for rows in part:
-                by_index.update(rows)
+                for index, answers in rows.items():
+                    if index in by_index:  # another context rank's tokens of it, which are zero here
+                        answers = tuple(a + b for a, b in zip(by_index[index], answers, strict=True))
+                    by_index[index] = answers
         return [list(column) for column in zip(*(by_index[i] for i in range(count)), strict=True)]
 
     def _over_ranks(self, per_microbatch: Sequence[MetricSums]) -> MetricSums:

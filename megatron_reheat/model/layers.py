@@ -10,6 +10,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -74,6 +75,9 @@ class PackedAttention(MegatronModule):
 
     Sequences of similar lengths are scattered into a padded [S, L] block, attended in one call and gathered back. Padding is on
     the right, so the causal mask alone keeps it away from real tokens.
+
+    Under context parallelism a rank attends its own queries to all keys and values, which the group gathers and whose gradients
+    it sums and scatters. Unlike Transformer Engine's ring, that takes memory for all of them, and masks of [S, L/CP, L] bytes.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class PackedAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
-        assert config.context_parallel_size == 1 and not config.attention_dropout
+        assert not config.attention_dropout
         self.scale = 1 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
 
     def forward(
@@ -102,8 +106,13 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         """query [T, heads, d], key and value [T, groups, d] -> [T, heads x d]."""
         assert packed_seq_params is not None and attention_bias is None
+        packed, is_grouped = packed_seq_params, query.size(1) != key.size(1)
+        if packed.split is not None:
+            both = torch.stack([key, value], dim=1)
+            key, value = gather_from_sequence_parallel_region(both, group=packed.split.group).unbind(1)
+        queries, keys = packed.blocks(query, packed.query_classes), packed.blocks(key, packed.classes)
         attended = [
-            scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=q.size(1) != k.size(1))
-            for q, k, v in zip(*map(packed_seq_params.blocks, (query, key, value)), strict=True)
+            scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=self.scale, enable_gqa=is_grouped)
+            for q, k, v, mask in zip(queries, keys, packed.blocks(value, packed.classes), packed.masks, strict=True)
         ]
-        return packed_seq_params.unblocked(attended).flatten(1)
+        return packed.unblocked(attended).flatten(1)

@@ -54,9 +54,7 @@ class MasterWeights:
         for name, parameter in module.named_parameters():
             if parameter.dtype == torch.float32:
                 self._masters[name] = _Master(parameter, parameter.detach(), 0)
-            elif (
-                main := getattr(parameter, "main_param", None)
-            ) is not None:  # else other data-parallel ranks hold all of it
+            elif (main := getattr(parameter, "main_param", None)) is not None:  # else other replicas hold all of it
                 self._masters[name] = _Master(parameter, main, starts.get(id(parameter), 0))
 
     @torch.no_grad()
@@ -96,8 +94,8 @@ class MasterWeights:
 
     @torch.no_grad()
     def whole(self, snapshot: Snapshot) -> dict[str, Tensor]:
-        """Every parameter's float32 values in its own shape, in host memory; on other ranks than the first of a
-        data-parallel group the values may be anything. A collective."""
+        """Every parameter's float32 values in its own shape, in host memory; on other ranks than the first
+        replica's the values may be anything. A collective."""
         weights = {}
         for name, parameter in self._module.named_parameters():
             flat = torch.zeros(parameter.numel(), device=self._topology.device)
@@ -106,8 +104,8 @@ class MasterWeights:
                 flat[first : first + snapshot[name].numel()] = snapshot[name].flatten().to(flat.device)
             if self._sharded and parameter.dtype != torch.float32:
                 # one rank's bits and the others' zeros: as integers, their sum keeps even the sign of a zero
-                dist.all_reduce(flat.view(torch.int32), group=self._topology.data_group)
-            is_first = self._topology.data_rank == 0
+                dist.all_reduce(flat.view(torch.int32), group=self._topology.peer_group)
+            is_first = self._topology.replica_rank == 0
             weights[name] = flat.view(parameter.shape).cpu() if is_first else torch.empty(parameter.shape)
         return weights
 

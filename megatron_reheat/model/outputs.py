@@ -162,7 +162,8 @@ class Scoring:
 class ViewStates:
     """Hidden states [R, H] of a view at its responses, in `states`, one for each of the `micros` that they are read beside.
 
-    Zero for sequences of `batch` that the view leaves out, so that rows agree with those of the micro-batch.
+    Zero for sequences of `batch` that the view leaves out, so that rows agree with those of the micro-batch; only at the tokens
+    that are in it, where context parallelism has split it.
     """
 
     head: OutputHead
@@ -171,12 +172,19 @@ class ViewStates:
     states: list[Tensor] = field(default_factory=list)
 
     def __call__(self, index: int, micro: MicroBatch, output: Tensor) -> Evaluated:
-        wanted = self.micros[index].sequence_indices
-        read = self.head.hidden(output)[micro.positions]
+        beside, hidden = self.micros[index], self.head.hidden(output)
+        wanted = beside.sequence_indices
+        if micro.whole is not None and micro.split is not None:
+            hidden, micro = micro.split.whole(hidden), micro.whole
+        read = hidden[micro.positions]
         if wanted != micro.sequence_indices:
             lengths = torch.tensor([self.batch.sequences[i].num_response_tokens for i in wanted])
             is_read = torch.tensor([i in micro.sequence_indices for i in wanted]).repeat_interleave(lengths)
             rows = is_read.nonzero()[:, 0].to(read.device)
             read = read.new_zeros(len(is_read), read.size(1)).index_copy(0, rows, read)
+        if beside.whole is not None and beside.split is not None:
+            # behind another prompt, other ranks have a response's tokens
+            here = beside.split.here[beside.positions]
+            read = read[torch.searchsorted(beside.whole.positions, here)]
         self.states.append(read)
         return read.new_zeros(()), MetricSums()

@@ -12,6 +12,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_reheat.parallel.context import ContextSplit
+
 
 class LengthClass(NamedTuple):
     """Packed sequences that are attended as one padded block [S, L]: where each of their n tokens lies, [n] both.
@@ -29,18 +31,19 @@ class LengthClass(NamedTuple):
         return self.shape[0] * self.shape[1]
 
 
-def length_classes(borders: Sequence[int], device: torch.device) -> Iterator[LengthClass]:
+def length_classes(borders: Sequence[int], device: torch.device, parts: int = 1) -> Iterator[LengthClass]:
     """Sequences whose lengths lie between the same powers of two, so that at most half of a block is padding.
 
-    In one block with a long sequence, short ones would cost as much as that one does.
+    In one block with a long sequence, short ones would cost as much as that one does. With `parts`, the same sequences are
+    together, of each of which only one of so many equal parts is there.
     """
     members: dict[int, list[tuple[int, int]]] = {}
     for start, end in itertools.pairwise(borders):
         if end > start:
             members.setdefault((end - start - 1).bit_length(), []).append((start, end - start))
     for sequences in members.values():
-        starts, lengths = torch.tensor(sequences, device=device).T
-        count, longest = sum(n for _, n in sequences), max(n for _, n in sequences)
+        starts, lengths = torch.tensor(sequences, device=device).T // parts
+        count, longest = sum(n for _, n in sequences) // parts, max(n for _, n in sequences) // parts
         row = torch.repeat_interleave(torch.arange(len(sequences), device=device), lengths, output_size=count)
         column = torch.arange(count, device=device) - (lengths.cumsum(0) - lengths)[row]
         yield LengthClass((len(sequences), longest), starts[row] + column, row * longest + column)
@@ -52,30 +55,72 @@ class PackedSequences(PackedSeqParams):
 
     position_ids: [T] int64, of each token in its sequence; None where Megatron rotates queries and keys itself
     frequencies:  [d/2] float32, of the rotary embedding; None likewise
+    split:        how they lie on the ranks of a context-parallel group, whose T is then a part of them, while the borders are
+                  those of whole sequences, as Megatron and Transformer Engine have it; None where each is here as a whole
     """
 
     position_ids: Tensor | None = None
     frequencies: Tensor | None = None
+    split: ContextSplit | None = None
 
     @classmethod
     def of(
-        cls, cu_seqlens: Tensor, max_seqlen: int, position_ids: Tensor, frequencies: Tensor | None
+        cls,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        position_ids: Tensor,
+        frequencies: Tensor | None,
+        split: ContextSplit | None = None,
     ) -> PackedSequences:
-        """`cu_seqlens` is [S+1] int32, where sequences begin, and where the last one ends."""
+        """`cu_seqlens` is [S+1] int32, where sequences begin, and where the last one ends; padding counts as part of them."""
+        # Transformer Engine asks for these with context parallelism. Padding behind a sequence is attended like the rest of it,
+        # which does not see it, so they are the same, and any attention kernel will do. `cp_group` stays empty: it is for a
+        # group that changes from one micro-batch to the next, and the layers have the run's from their construction.
+        padded = None if split is None else cu_seqlens
         return cls(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
+            cu_seqlens_q_padded=padded,
+            cu_seqlens_kv_padded=padded,
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
             position_ids=position_ids,
             frequencies=frequencies,
+            split=split,
         )
 
     @cached_property
     def classes(self) -> list[LengthClass]:
-        """Made once; on a GPU that waits for what is queued, because the borders are read on the host."""
-        return list(length_classes(self.cu_seqlens_q.tolist(), self.cu_seqlens_q.device))
+        """Of keys and values: all of them, under context parallelism one rank's after the other's.
+
+        Made once; on a GPU that waits for what is queued, because the borders are read on the host.
+        """
+        classes = self._classes()
+        if self.split is None:
+            return classes
+        return [c._replace(position=self.split.place[c.position]) for c in classes]
+
+    @cached_property
+    def query_classes(self) -> list[LengthClass]:
+        """Of queries, the same sequences together: those of this rank's tokens, in a block of that many."""
+        return self.classes if self.split is None else self._classes(self.split.size)
+
+    def _classes(self, parts: int = 1) -> list[LengthClass]:
+        return list(length_classes(self.cu_seqlens_q.tolist(), self.cu_seqlens_q.device, parts))
+
+    @cached_property
+    def masks(self) -> list[Tensor | None]:
+        """For each class [S, 1, Lq, L] bool, True where a query sees a key; None where that is causality in whole sequences."""
+        if self.split is None:
+            return [None] * len(self.classes)
+        assert self.position_ids is not None
+        masks: list[Tensor | None] = []
+        for queries, keys in zip(self.query_classes, self.classes, strict=True):
+            (places,) = _scattered(self.position_ids, [queries])
+            columns = torch.arange(keys.shape[1], device=places.device)
+            masks.append(columns <= places.view(queries.shape)[:, None, :, None])
+        return masks
 
     @cached_property
     def _angles(self) -> tuple[Tensor, Tensor]:
@@ -86,14 +131,14 @@ class PackedSequences(PackedSeqParams):
         )
         return angles.cos()[self.position_ids][:, None, None], angles.sin()[self.position_ids][:, None, None]
 
-    def blocks(self, states: Tensor) -> tuple[Tensor, ...]:
+    def blocks(self, states: Tensor, classes: Sequence[LengthClass]) -> tuple[Tensor, ...]:
         """[T, heads, d] as one block [S, heads, L, d] for each of the `classes`, zero where they are padded."""
-        blocks: tuple[Tensor, ...] = _Scatter.apply(states, self.classes)
-        return tuple(b.view(*c.shape, *b.shape[1:]).transpose(1, 2) for b, c in zip(blocks, self.classes, strict=True))
+        blocks: tuple[Tensor, ...] = _Scatter.apply(states, classes)
+        return tuple(b.view(*c.shape, *b.shape[1:]).transpose(1, 2) for b, c in zip(blocks, classes, strict=True))
 
     def unblocked(self, blocks: Sequence[Tensor]) -> Tensor:
-        """The inverse of `blocks`."""
-        flat: Tensor = _Gather.apply(self.classes, *(b.transpose(1, 2).flatten(0, 1) for b in blocks))
+        """The inverse of `blocks`, of queries."""
+        flat: Tensor = _Gather.apply(self.query_classes, *(b.transpose(1, 2).flatten(0, 1) for b in blocks))
         return flat
 
     def rotated(self, states: Tensor) -> Tensor:

@@ -358,6 +358,8 @@ def transformer_config(hf: Any, config: Config, backend: Backend) -> Transformer
         # two interleaved ranks are each other's neighbour on both sides, and would mix up the messages of a batch
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        context_parallel_size=config.parallel.context,
+        cp_comm_type="p2p",  # Transformer Engine's ring of keys and values, which asks nothing of the number of heads
         sequence_parallel=config.parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,

@@ -15,19 +15,21 @@ BLACKWELL = 10  # major compute capability
 
 def order_kernels(config: Config) -> None:
     """Sets the variable where Megatron counts on it. Whoever sets it before knows better."""
-    if config.parallel.tensor > 1 and needs_one_queue(config.parallel.tensor, gpu_architecture()):
+    ranks = config.parallel.tensor * config.parallel.context
+    if ranks > 1 and needs_one_queue(ranks, gpu_architecture()):
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
-def needs_one_queue(tensor: int, architecture: int | None) -> bool:
+def needs_one_queue(ranks: int, architecture: int | None) -> bool:
     """Whether kernels have to start in the order in which they are queued.
 
-    With tensor parallelism Megatron queues a collective before the matrix product that it overlaps with, and up to Hopper only
-    a single queue keeps the product from taking the whole GPU first. From Blackwell on it asks for nothing (Megatron's
-    `validate_args`), and a single queue would only hold up the gradients' collectives. Data parallelism alone never needs it.
+    With tensor or context parallelism, over `ranks` together, Megatron queues a collective before the matrix product that it
+    overlaps with, and up to Hopper only a single queue keeps the product from taking the whole GPU first. From Blackwell on it
+    asks for nothing (Megatron's `validate_args`), and a single queue would only hold up the gradients' collectives. Data
+    parallelism alone never needs it.
     `architecture` is the GPU's major compute capability, None where nobody knows.
     """
-    return tensor > 1 and (architecture is None or architecture < BLACKWELL)
+    return ranks > 1 and (architecture is None or architecture < BLACKWELL)
 
 
 def gpu_architecture() -> int | None:

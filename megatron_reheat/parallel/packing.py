@@ -2,7 +2,8 @@
 
 Sequences are laid end to end (THD layout, no padding between them). Logits at position i predict token i + 1, so everything
 a loss needs is stored at the position that predicts it: `targets[i]` is the next token, and `loss_weights[i]` is zero
-wherever the next token is not part of a response.
+wherever the next token is not part of a response. With it a rank of a context-parallel group has all that it needs of its own
+positions (`MicroBatch.part`), even where the next token is another rank's.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_reheat.metrics import MetricSums
+from megatron_reheat.parallel.context import ContextSplit
 from megatron_reheat.parallel.vocab import Vocabulary
 from megatron_reheat.types import FloatArray, TrainBatch, TrainSequence
 
@@ -33,7 +36,7 @@ _PER_TOKEN = (
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """T packed tokens of some sequences, padded at the end to a multiple of the alignment.
+    """T packed tokens of some sequences, padded at the end to a multiple of the alignment; or a part of each of them.
 
     tokens, position_ids, targets:  [T] int64
     cu_seqlens:                     [S+1] int32, the last sequence may be padding
@@ -44,6 +47,7 @@ class MicroBatch:
     extra:                          further such columns of the sequences, by name; zero for a sequence without
     readings:                       other vocabularies at the same positions, by name: a view's, an intermediate layer's
     keep:                           takes log-probabilities and entropies of a batch that was not scored before (`scored`)
+    whole, split:                   what this is a part of, and how that lies on the ranks; None where it is the whole
     """
 
     sequence_indices: tuple[int, ...]
@@ -61,6 +65,8 @@ class MicroBatch:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     readings: Mapping[str, Vocabulary] = field(default_factory=dict)
     keep: Callable[[Tensor, Tensor], None] | None = None
+    whole: MicroBatch | None = None
+    split: ContextSplit | None = None
 
     def scored(self, logprobs: Tensor, entropy: Tensor) -> MicroBatch:
         """With what the policy's forward pass says, [T] each, as `old_logprobs`, where nobody scored the batch before: in the
@@ -71,7 +77,12 @@ class MicroBatch:
         return replace(self, old_logprobs=logprobs.detach())
 
     def by_sequence(self, *values: Tensor) -> dict[int, tuple[FloatArray, ...]]:
-        """[N] values of the response tokens, in order -> {index in the train batch: [R] of each}."""
+        """[N] values of the response tokens, in order -> {index in the train batch: [R] of each}, zero for tokens of other
+        parts."""
+        if self.whole is not None and self.split is not None:
+            here, num_tokens = self.split.here[self.positions], len(self.whole.tokens)
+            spread = (v.new_zeros(num_tokens).index_copy(0, here, v.detach()) for v in values)
+            return self.whole.by_sequence(*(v[self.whole.positions] for v in spread))
         mask = self.loss_mask.bool().cpu().numpy()
         borders = self.cu_seqlens.tolist()[: len(self.sequence_indices) + 1]
         counts = [int(mask[start:end].sum()) for start, end in itertools.pairwise(borders)]
@@ -87,6 +98,15 @@ class MicroBatch:
         """What a loss needs, at some positions only; the packing (`cu_seqlens`) stays that of the whole micro-batch."""
         extra = {name: column[positions] for name, column in self.extra.items()}
         return replace(self, extra=extra, **{name: getattr(self, name)[positions] for name in _PER_TOKEN})
+
+    def part(self, rank: int, size: int, group: dist.ProcessGroup) -> MicroBatch:
+        """Context rank `rank`'s tokens of every sequence, whose borders are then those of what is left of each."""
+        split = ContextSplit(self.cu_seqlens, rank, size, group)
+        return replace(self.at(split.here), cu_seqlens=self.cu_seqlens // size, whole=self, split=split)
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Over all parts of this micro-batch, without gradient: what is summed over a sequence needs it. A collective."""
+        return sums if self.split is None else self.split.total(sums)
 
 
 # what a loss takes and gives: a micro-batch's share of the batch's loss (a sum over tokens whose weights carry the global
@@ -104,6 +124,7 @@ def make_microbatches(
     data_size: int,
     microbatch_tokens: int,
     alignment: int,
+    sequence_alignment: int = 1,
     aggregation: Aggregation = "token_mean",
     device: torch.device | str = "cpu",
     beside: Sequence[TrainBatch] = (),
@@ -111,6 +132,8 @@ def make_microbatches(
     multiple: int = 1,
 ) -> list[MicroBatch]:
     """This rank's share of `batch`, in micro-batches of at most `microbatch_tokens` tokens before alignment.
+
+    `alignment` is a micro-batch's, `sequence_alignment` that of each of its sequences, which divides it.
 
     Every rank computes the same plan, so all get the same number of micro-batches without communicating; ranks that run
     short get micro-batches without a sequence, as do those whose sequences have no tokens. The loss does not depend on the
@@ -125,7 +148,7 @@ def make_microbatches(
     num_microbatches = -(-max(len(plan) for plan in plans) // multiple) * multiple
     mine = plans[data_rank] + [[] for _ in range(num_microbatches - len(plans[data_rank]))]
     weights = _token_weight(batch, aggregation), _token_weight(batch, "sequence_mean")
-    return [_pack(batch, indices, weights, alignment, device) for indices in mine]
+    return [_pack(batch, indices, weights, (sequence_alignment, alignment), device) for indices in mine]
 
 
 def _balance(indices: Sequence[int], costs: Sequence[float], num_ranks: int) -> list[list[int]]:
@@ -154,6 +177,10 @@ def _fill_bins(indices: Sequence[int], lengths: NDArray[np.int64], capacity: int
     return bins
 
 
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
 def _largest_first(indices: Sequence[int], sizes: Sequence[float]) -> list[int]:
     return sorted(indices, key=lambda i: (-sizes[i], i))
 
@@ -173,25 +200,26 @@ def _pack(
     batch: TrainBatch,
     indices: Sequence[int],
     token_weights: Sequence[Callable[[TrainSequence], float]],
-    alignment: int,
+    alignments: tuple[int, int],
     device: torch.device | str,
 ) -> MicroBatch:
     indices = [i for i in indices if len(batch.sequences[i].token_ids)]
     sequences = [batch.sequences[i] for i in indices]
     lengths = [len(s.token_ids) for s in sequences]
-    used = sum(lengths)
-    total = max(-(-used // alignment), 1) * alignment
-    borders = np.cumsum([0, *lengths, *([total - used] if total > used else [])])
+    padded = [_round_up(n, alignments[0]) for n in lengths]
+    used = sum(padded)
+    total = _round_up(max(used, 1), alignments[1])
+    borders = np.cumsum([0, *padded, *([total - used] if total > used else [])])
     ints = np.zeros((3, total), dtype=np.int64)
     names = sorted({name for s in batch.sequences for name in s.extra})
     floats = np.zeros((6 + len(names), total), dtype=np.float32)
     tokens, positions, targets = ints
     mask, *weights, advantages, old_logprobs, rollout_logprobs = floats[:6]
     positions[used:] = np.arange(total - used)
-    for sequence, start, length in zip(sequences, borders, lengths, strict=False):
+    for sequence, start, length, room in zip(sequences, borders, lengths, padded, strict=False):
         end = start + length
         tokens[start:end] = sequence.token_ids
-        positions[start:end] = np.arange(length)
+        positions[start : start + room] = np.arange(room)  # padding comes last, where no token of the sequence sees it
         targets[start : end - 1] = sequence.token_ids[1:]
         predicting = slice(start + sequence.num_prompt_tokens - 1, end - 1)
         mask[predicting] = 1.0

@@ -27,11 +27,14 @@ class Seats:
 def engine_seats(topology: Topology, rollout: RolloutConfig) -> Seats:
     """One engine per replica, held by its first rank; colocated, one on every `rollout.tensor` consecutive ranks.
 
+    Each context rank's copy of the model is a replica, and has an engine of its own: sampling does not split sequences.
+
     Raises:
         ConfigError: a node's ranks cannot be divided so.
     """
     if rollout.mode != "colocated":
-        return Seats(topology.data_rank, topology.data_size, topology.is_replica_leader, topology.share_from_leaders)
+        rank, count = topology.replica_rank, topology.num_replicas
+        return Seats(rank, count, topology.is_replica_leader, topology.share_from_leaders)
     size = rollout.tensor
     if topology.local_world_size % size:
         raise ConfigError(

@@ -25,7 +25,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Topology:
-    """One rank's coordinates and process groups. A replica is one tensor x pipeline block: one copy of the model."""
+    """One rank's coordinates and process groups.
+
+    A replica is one tensor x pipeline block: one copy of the model. With context parallelism several share a micro-batch: there
+    are data x context replicas, in Megatron's order, those of one micro-batch next to each other. The ranks of `peer_group`
+    hold the same part of the model, one of each replica, in the same order.
+    """
 
     rank: int
     world_size: int
@@ -36,11 +41,16 @@ class Topology:
     tensor_size: int
     pipeline_rank: int
     pipeline_size: int
+    context_rank: int
+    context_size: int
     data_rank: int
     data_size: int
+    replica_rank: int
+    num_replicas: int
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
-    data_group: dist.ProcessGroup
+    context_group: dist.ProcessGroup
+    peer_group: dist.ProcessGroup
     replica_group: dist.ProcessGroup
 
     @property
@@ -64,7 +74,7 @@ class Topology:
         return self.pipeline_rank == self.pipeline_size - 1
 
     def share_from_leaders(self, mine: T | None, error: str | None = None) -> list[T]:
-        """All-gathers one object per replica, in data-parallel order, to every rank.
+        """All-gathers one object per replica, in their order, to every rank.
 
         `mine` matters on replica leaders only. If any leader passes `error`, every rank raises it: nobody is left waiting
         in a collective for a rank that has already failed.
@@ -72,9 +82,9 @@ class Topology:
         Raises:
             ReheatError: the first leader's error, the same on every rank.
         """
-        gathered: list[Any] = [None] * self.data_size
+        gathered: list[Any] = [None] * self.num_replicas
         if self.is_replica_leader:
-            dist.all_gather_object(gathered, (mine, error), group=self.data_group)
+            dist.all_gather_object(gathered, (mine, error), group=self.peer_group)
         if self.tensor_size * self.pipeline_size > 1:
             source = dist.get_global_rank(self.replica_group, 0)
             dist.broadcast_object_list(gathered, src=source, group=self.replica_group)
@@ -88,9 +98,9 @@ class Topology:
 
     def gather_from_last_stages(self, mine: T) -> list[T]:
         """All-gathers one object per replica from the last pipeline stage (where losses live) to every rank."""
-        gathered: list[Any] = [None] * self.data_size
+        gathered: list[Any] = [None] * self.num_replicas
         if self.is_last_stage:
-            dist.all_gather_object(gathered, mine, group=self.data_group)
+            dist.all_gather_object(gathered, mine, group=self.peer_group)
         if self.pipeline_size > 1:
             source = dist.get_global_rank(self.pipeline_group, self.pipeline_size - 1)
             dist.broadcast_object_list(gathered, src=source, group=self.pipeline_group)
@@ -117,7 +127,7 @@ def _values(gathered: list[tuple[Any, str | None]]) -> list[Any]:
 
 
 def initialize(config: Config) -> Topology:
-    """Joins the process group torchrun prepared (or makes a group of one) and lays out TP x PP x DP.
+    """Joins the process group torchrun prepared (or makes a group of one) and lays out TP x PP x CP x DP.
 
     Raises:
         ConfigError: WORLD_SIZE does not fit the configured layout.
@@ -143,6 +153,7 @@ def initialize(config: Config) -> Topology:
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=config.parallel.context,
         distributed_timeout_minutes=math.ceil(config.parallel.timeout_s / 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed + 1)
@@ -161,11 +172,16 @@ def current(device: torch.device) -> Topology:
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        replica_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        num_replicas=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
-        data_group=parallel_state.get_data_parallel_group(),
+        context_group=parallel_state.get_context_parallel_group(),
+        peer_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         replica_group=parallel_state.get_model_parallel_group(),
     )
 

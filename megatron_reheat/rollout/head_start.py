@@ -64,7 +64,7 @@ class HeadStart:
         return child
 
     def _holds_engine(self) -> bool:
-        """As `engine_seats` has it, of Megatron's order of ranks: tensor, then data, then pipeline."""
+        """As `engine_seats` has it, of Megatron's order of ranks: tensor, then context, data, pipeline."""
         rank, parallel, rollout = int(os.environ.get("RANK", "0")), self._config.parallel, self._config.rollout
         if rollout.mode == "server":
             return False

@@ -138,7 +138,7 @@ def with_fixed_cache(rollout: RolloutConfig, model: Architecture, dtype: str, gp
 
 def _start_fleet(model: _Model, config: Config, topology: Topology) -> ServerFleet | None:
     rollout = model.rollout
-    leads = topology.is_replica_leader and topology.data_rank == 0
+    leads = topology.is_replica_leader and topology.replica_rank == 0
     makers: dict[str, Callable[[], ServerProcess]] = {}
     urls, label, token, error = list(rollout.servers), new_label(), None, None
     if leads:
@@ -161,7 +161,7 @@ def _start_fleet(model: _Model, config: Config, topology: Topology) -> ServerFle
         rollout,
         label=label,
         weights=ServerWeights(servers, rollout, on_cpu) if leads else None,
-        num_clients=topology.data_size,
+        num_clients=topology.num_replicas,
     )
 
 

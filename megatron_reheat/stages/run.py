@@ -496,15 +496,13 @@ class Run:
     def _announce_start(self, source: str) -> None:
         t = self.topology
         start_s = self._sampler.wait_ready() if self._sampler is not None else 0.0
-        rollout, virtual = self.config.rollout, self.config.parallel.virtual_pipeline
-        chunks = f" ({virtual} model chunks each)" if virtual > 1 else ""
+        rollout = self.config.rollout
         engines = f"{engine_seats(t, rollout).count} engine(s),"
         if rollout.mode == "server":
             engines = f"{len(rollout.servers) or rollout.num_servers} server(s),"
         for line in (
             f"{self.config.run.name}: {self.engine.num_parameters / 1e6:.2f}M parameters from {source}",
-            f"layout: tensor {t.tensor_size} x pipeline {t.pipeline_size}{chunks} x data {t.data_size} on {t.device.type}; "
-            f"{self.engine.backend}",
+            f"layout: {self.config.parallel.layout(t.data_size)} on {t.device.type}; {self.engine.backend}",
             f"vLLM: {engines} ready {start_s:.1f} s after their start; {self._first_sync('')}",
             *(
                 f"{name}: {model.folder.path} in {model.dtype}, frozen, on as many; {self._first_sync(name)}"

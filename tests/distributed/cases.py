@@ -863,7 +863,8 @@ class running_engine:
         from megatron_reheat.recipe import parse_config
 
         dtype = layout.pop("dtype", "float32")
-        model = {name: layout.pop(name) for name in ("recompute", "fused_head", "head_chunk_tokens") if name in layout}
+        keys = ("attention", "recompute", "fused_head", "head_chunk_tokens")
+        model = {name: layout.pop(name) for name in keys if name in layout}
         layout.setdefault("microbatch_tokens", 128)
         self._config = parse_config(
             {

@@ -15,7 +15,7 @@ from tests.hostile_checkpoints import PAYLOADS, REASONS
 from tests.tiny_models import save_tiny_model
 
 INTERLEAVED = {"pipeline": 2, "virtual_pipeline": 2}
-LOADS = [{"data": 2}, {"tensor": 2}, {"pipeline": 2}, INTERLEAVED]
+LOADS = [{"data": 2}, {"tensor": 2}, {"pipeline": 2}, INTERLEAVED, {"context": 2}]
 BF16 = {"dtype": "bfloat16"}
 LAYOUTS = [
     {"tensor": 2},
@@ -27,6 +27,7 @@ LAYOUTS = [
     {"tensor": 2, **BF16},
     {**INTERLEAVED, **BF16},
     {**INTERLEAVED, "distributed_optimizer": False, **BF16},
+    {"context": 2, **BF16},
 ]
 TRIP = [LAYOUTS[3], LAYOUTS[5], LAYOUTS[7], LAYOUTS[6], LAYOUTS[7]]
 # on four ranks: the optimizer's parts of several chunks, each of which is split over replicas

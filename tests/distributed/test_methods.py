@@ -26,9 +26,13 @@ RUNS = {
         ("oisd", {"attention_coef": 0.0}, {"recompute": "full", "microbatch_tokens": 48}),
     ],
     2: [
-        (m, {}, layout)
-        for m in ("sdpg", "oisd")
-        for layout in ({"tensor": 2}, ONE_STAGE, {"pipeline": 2}, INTERLEAVED, {"data": 2})
+        *(
+            (m, {}, layout)
+            for m in ("sdpg", "oisd")
+            for layout in ({"tensor": 2}, ONE_STAGE, {"pipeline": 2}, INTERLEAVED, {"data": 2})
+        ),
+        ("sdpg", {}, {"context": 2, "microbatch_tokens": 48}),
+        ("oisd", {"attention_coef": 0.0}, {"context": 2}),
     ],
     4: [
         ("sdpg", {}, {**ONE_STAGE, "pipeline": 2}),

@@ -21,8 +21,16 @@ RUNS = {
         {"recompute": "selective"},
         {"recompute": "full"},
     ],
-    2: [{"tensor": 2}, {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}, INTERLEAVED, {"data": 2}],
+    2: [
+        {"tensor": 2},
+        {"tensor": 2, "sequence_parallel": True},
+        {"pipeline": 2},
+        INTERLEAVED,
+        {"data": 2},
+        {"context": 2},
+    ],
     4: [
+        {"context": 2, "pipeline": 2, "microbatch_tokens": 48},
         {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
         {"pipeline": 4},
         {"tensor": 2, "sequence_parallel": True, **INTERLEAVED},

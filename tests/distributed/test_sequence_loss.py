@@ -15,6 +15,7 @@ LAYOUTS = [
     {"data": 2, "microbatch_tokens": 48, "head_chunk_tokens": 7},
     {"data": 2, "distributed_optimizer": False},
     {"tensor": 2, "fused_head": False},
+    {"context": 2, "microbatch_tokens": 48},
 ]
 
 

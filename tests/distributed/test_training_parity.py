@@ -30,6 +30,9 @@ RUNS = {
         {**INTERLEAVED, "microbatch_tokens": 48, "fused_head": False},
         {"data": 2},
         {"data": 2, "distributed_optimizer": False, "microbatch_tokens": 48},
+        {"context": 2},
+        {"context": 2, "microbatch_tokens": 48, "recompute": "selective", "distributed_optimizer": False},
+        {"context": 2, "fused_head": False},
     ],
     4: [
         {"tensor": 2, "pipeline": 2},
@@ -37,6 +40,10 @@ RUNS = {
         {"tensor": 2, "sequence_parallel": True, **INTERLEAVED},
         {"tensor": 4},
         {"pipeline": 2, "data": 2},
+        {"context": 2, "tensor": 2, "sequence_parallel": True},
+        {"context": 2, "pipeline": 2, "microbatch_tokens": 48},
+        {"context": 2, "data": 2},
+        {"context": 4, "recompute": "full"},
     ],
 }
 FAMILIES = ("qwen3_tied", "qwen3_untied")

@@ -152,7 +152,7 @@ def train(recipe: Path, *overrides: str) -> str:
     rank printed.
     """
     config = load_config(recipe, overrides)
-    ranks = config.parallel.tensor * config.parallel.pipeline * config.data_parallel()
+    ranks = config.parallel.block * config.data_parallel()
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["train", str(recipe), *overrides]
         run_ranks(_rank, arguments, world_size=ranks, logs=Path(folder), timeout_s=2 * LIMIT_S)

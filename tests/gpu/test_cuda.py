@@ -114,6 +114,23 @@ def test_the_backend_names_what_it_chose():
     assert "Transformer Engine" in str(choose_backend("auto")) or "SDPA" in str(choose_backend("auto"))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="context parallelism needs a GPU for each of two ranks")
+@pytest.mark.parametrize("attention", ["sdpa", "transformer_engine"])
+def test_context_ranks_train_as_data_ranks_do(attention, tmp_path):
+    """Transformer Engine has its own attention over the split, and rotates queries and keys by where it takes them to be."""
+    if attention == "transformer_engine":
+        pytest.importorskip("transformer_engine.pytorch")
+    folder = save_tiny_model("qwen3_tied", tmp_path / "model")
+    layouts = [{"attention": attention, "dtype": "bfloat16", name: 2} for name in ("data", "context")]
+    whole, split = launch("train_five_steps", 2, tmp_path, runs=[(folder, layout) for layout in layouts])[0]
+    for metrics, expected in zip(split["metrics"], whole["metrics"], strict=True):
+        assert set(metrics) == set(expected)
+        for name in ("policy/loss", "reheat/loss", "sft/loss", "optimizer/grad_norm"):
+            assert metrics.get(name) == pytest.approx(expected.get(name), rel=3e-2, abs=2e-3), name  # bfloat16
+    for name, expected in whole["weights"].items():
+        assert relative_error(split["weights"][name].float(), expected.float()) < 1e-2, name
+
+
 # -- engines: vLLM on the device against transformers on the same weights ------------------------------------------------
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)

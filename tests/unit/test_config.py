@@ -523,6 +523,10 @@ def test_bad_overrides_are_refused(tmp_path: Path, override: str, message: str) 
             recipe(parallel={"virtual_pipeline": 2}),
             ["parallel.virtual_pipeline needs parallel.pipeline > 1", "set it to 1"],
         ),
+        (
+            recipe(parallel={"context": 4}, data={"path": "p", "max_prompt_tokens": 3}, rollout={"max_tokens": 4}),
+            ["parallel.context 4 cuts every sequence into 8 chunks", "has 7 tokens; lower parallel.context"],
+        ),
     ],
 )
 def test_fields_that_disagree_are_named(tree: dict[str, Any], keys: list[str]) -> None:
@@ -539,6 +543,13 @@ def test_fields_that_disagree_are_named(tree: dict[str, Any], keys: list[str]) -
         {"checkpoint": {"keep_best": "eval/pass_at_k"}, "eval": {"data": {"path": "h"}}},
         {"parallel": {"sequence_parallel": True, "tensor": 2}},
         {"parallel": {"virtual_pipeline": 2, "pipeline": 2}},
+        {
+            "parallel": {"context": 4},
+            "data": {"path": "p", "max_prompt_tokens": 4},
+            "rollout": {"max_tokens": 4},
+            "reheat": {"max_tokens": 4},
+            "rl": {"overlong_buffer": 0},
+        },
         {"parallel": {"microbatch_tokens": 10240}, "eval": {"data": {"path": "h"}}},
         {"data": {"path": "p", "solution_template": "{answer}"}, "sft": {"steps": 1}},
         {"data": {"source": "datasets", "path": "folder"}},
@@ -564,6 +575,7 @@ def test_reheat_length_does_not_matter_when_the_controller_never_reheats() -> No
         ({}, 6, 6),
         ({"tensor": 2, "pipeline": 2}, 8, 2),
         ({"tensor": 2, "data": 3}, 6, 3),
+        ({"tensor": 2, "context": 2}, 12, 3),
     ],
 )
 def test_data_parallel(parallel: dict[str, int], world_size: int | None, replicas: int) -> None:
@@ -576,6 +588,13 @@ def test_data_parallel(parallel: dict[str, int], world_size: int | None, replica
         ({"tensor": 2, "pipeline": 2}, 6, "start a multiple of 4 processes"),
         ({"tensor": 2, "data": 2}, 6, "start 4 processes or set parallel.data=3"),
         ({"data": 2}, 1, "start 2 processes or set parallel.data=1"),
+        (
+            {"context": 2},
+            3,
+            "parallel.tensor x parallel.pipeline x parallel.context = 1 x 1 x 2 = 2; change parallel.tensor or "
+            "parallel.pipeline or parallel.context, or start a multiple of 2 processes",
+        ),
+        ({"context": 2, "data": 2}, 2, "start 4 processes or set parallel.data=1"),
     ],
 )
 def test_a_world_that_does_not_fit_is_refused_with_the_fix(parallel: dict[str, int], world_size: int, fix: str) -> None:

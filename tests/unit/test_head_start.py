@@ -119,17 +119,21 @@ def test_a_machine_that_starts_no_process_says_so_later(tmp_path: Path, monkeypa
         assert taken(waiting, tmp_path / "engine.log") is None
 
 
-@pytest.mark.parametrize(("tensor", "data", "pipeline"), list(itertools.product((1, 2), (1, 2, 3), (1, 2))))
+SIZES = list(itertools.product((1, 2), (1, 2), (1, 2, 3), (1, 2)))
+
+
+@pytest.mark.parametrize(("tensor", "context", "data", "pipeline"), SIZES)
 def test_it_is_for_the_first_rank_of_each_replica(
-    tensor: int, data: int, pipeline: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tensor: int, context: int, data: int, pipeline: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ranks = RankGenerator(tp=tensor, ep=1, dp=data, pp=pipeline, cp=1, order="tp-cp-ep-dp-pp")
+    """Of each copy of the model, of which the context ranks of a micro-batch have one each."""
+    ranks = RankGenerator(tp=tensor, ep=1, dp=data, pp=pipeline, cp=context, order="tp-cp-ep-dp-pp")
     leaders = {min(replica) for replica in ranks.get_ranks("tp-pp")}
-    parallel = {"tensor": tensor, "pipeline": pipeline, "data": data}
-    found = set()
-    for rank in range(tensor * data * pipeline):
+    parallel = {"tensor": tensor, "context": context, "pipeline": pipeline, "data": data}
+    world_size, found = tensor * context * data * pipeline, set()
+    for rank in range(world_size):
         monkeypatch.setenv("RANK", str(rank))
-        if start(tmp_path, tensor * data * pipeline, parallel=parallel)._holds_engine():
+        if start(tmp_path, world_size, parallel=parallel)._holds_engine():
             found.add(rank)
     assert found == leaders
 

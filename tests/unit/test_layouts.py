@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from megatron_reheat.cli import main
 from megatron_reheat.cluster.layouts import layouts_that_fit
 from megatron_reheat.cluster.preflight import gpu_called, make_estimate, require_fit
 from megatron_reheat.config import Config
-from megatron_reheat.recipe import load_config
+from megatron_reheat.recipe import load_config, parse_config
 
 YAML = Path(__file__).resolve().parents[2] / "yaml"
 
@@ -42,6 +43,28 @@ def test_a_small_gpu_needs_what_a_large_one_does_not() -> None:
     assert all(
         layout.estimate.config.parallel.tensor * layout.estimate.config.parallel.pipeline > 1 for layout in small
     )
+
+
+def test_a_sequence_is_split_only_where_a_whole_one_fits_nowhere(tmp_path: Path) -> None:
+    """On 16 GPUs one of 256k tokens; half as long, or on twice as many GPUs, it goes without."""
+    shape = LlamaConfig(
+        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=1 << 18, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    shape.save_pretrained(tmp_path)
+    found = {}
+    for gpus, tokens in ((16, 1 << 17), (16, 1 << 18), (32, 1 << 18)):
+        config = parse_config(
+            {
+                "model": {"hf_path": str(tmp_path)},
+                "data": {"path": "-", "max_prompt_tokens": 1024},
+                "rollout": {"mode": "server", "servers": ["http://a:1"], "max_tokens": tokens - 1024},
+                "parallel": {"microbatch_tokens": tokens},
+            }
+        )
+        layouts, _ = layouts_that_fit(config, gpus, "a10g-24g")
+        found[gpus, tokens] = {layout.estimate.config.parallel.context for layout in layouts}
+    assert found == {(16, 1 << 17): {1}, (16, 1 << 18): {2}, (32, 1 << 18): {1}}
 
 
 def test_servers_have_their_own_gpus() -> None:

@@ -65,7 +65,7 @@ class AllCorrect:
 
 
 ONE_RANK = SimpleNamespace(
-    rank=0, world_size=1, local_world_size=1, data_rank=0, data_size=1, is_replica_leader=True,
+    rank=0, world_size=1, local_world_size=1, replica_rank=0, num_replicas=1, is_replica_leader=True,
     share_from_leaders=lambda mine, error=None: [mine], share_from_all=lambda mine, error=None: [mine],
 )  # fmt: skip
 
@@ -241,7 +241,7 @@ def test_which_of_four_ranks_hold_an_engine(mode, tensor, expected):
     """Two replicas of two ranks each."""
     ranks = [
         SimpleNamespace(
-            rank=r, world_size=4, local_world_size=4, data_rank=r // 2, data_size=2, is_replica_leader=r % 2 == 0,
+            rank=r, world_size=4, local_world_size=4, replica_rank=r // 2, num_replicas=2, is_replica_leader=r % 2 == 0,
             share_from_leaders=None, share_from_all=lambda mine, error: ["a", "b", "c", "d"],
         )
         for r in range(4)

@@ -136,6 +136,35 @@ def test_memory_of_one_replica_by_hand() -> None:
     assert parts["reserved"] == Constants().reserved_gib * GIB
 
 
+def test_context_parallelism_splits_activations_and_shards_the_optimizer_over_all_copies() -> None:
+    options = {"recompute": "none", "head_chunk_tokens": 100}
+    whole, split = (tiny(4, model=options, parallel={"context": size}) for size in (1, 2))
+    assert (split.data_size, split.num_replicas, split.num_engines) == (2, 4, 4)
+    activations = "activations (recompute: none)"
+    assert split.memory() == whole.memory() | {activations: whole.memory()[activations] / 2}
+    unfused = (tiny(4, model={"fused_head": False, "head_chunk_tokens": 128}, parallel={"context": n}) for n in (1, 2))
+    of_chunk = 3 * 4 * 128 * 1000
+    assert [e.head_bytes() - of_chunk for e in unfused] == [2 * 256 * 1000, 2 * 128 * 1000]
+
+
+def test_context_ranks_share_the_work_of_a_block_and_exchange_keys_and_values() -> None:
+    configs = [configured(parallel={"context": n, "data": 1}, model={"recompute": "none"}) for n in (1, 2)]
+    one, two = (
+        Estimate(c, QWEN["Qwen3-4B"], GPUS["h100-80g"], n, 512, 256) for n, c in zip((1, 2), configs, strict=True)
+    )
+    batch = two.rl_batch
+    assert batch.tokens_per_block == one.rl_batch.tokens_per_block and batch.microbatches == one.rl_batch.microbatches
+    alone, shared = one.pass_seconds(one.rl_batch, training=True), two.pass_seconds(batch, training=True)
+    launches = 3 * batch.microbatches * 36 * Constants().layer_launch_s
+    exchanged = (
+        3
+        * 36
+        * (2 * 1024 * 2 * batch.tokens_per_block / 2 / two._link(2) + batch.microbatches * Constants().collective_s)
+    )
+    assert shared == pytest.approx((alone - launches) / 2 + launches + exchanged)
+    assert two.head_seconds(batch) == one.head_seconds(one.rl_batch) / 2
+
+
 def test_what_a_gpu_holds_depends_on_where_the_engines_are() -> None:
     embedded, colocated, server = (
         tiny(
@@ -277,19 +306,27 @@ def test_a_fixed_kv_cache_counts_tokens() -> None:
 # -- batches and time ------------------------------------------------------------------------------------------------
 
 
+def test_check_names_the_context_ranks() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    check(configured(parallel={"context": 2, "data": 4, "microbatch_tokens": 8192}), console=console)
+    out = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "8 x h100-80g (1 node of up to 8): tensor 1 x pipeline 1 x context 2 x data 4; 8 vLLM engines" in out
+    assert "of up to 4,096 tokens" in out
+
+
 def test_batch_algebra_by_hand() -> None:
     rl = {"prompts_per_step": 16, "group_size": 4, "minibatch_prompts": 8}
     batch = tiny(4, rl=rl).rl_batch
     assert (batch.sequences, batch.minibatches, batch.sequences_per_engine) == (64, 2, 16)
     assert batch.tokens == pytest.approx(64 * 48)
-    assert batch.tokens_per_replica == pytest.approx(64 * 48 / 2 / 4)
+    assert batch.tokens_per_block == pytest.approx(64 * 48 / 2 / 4)
     assert batch.microbatches == 2
 
 
 def test_a_rank_trains_at_least_the_longest_sequence() -> None:
     batch = tiny(64, rl={"prompts_per_step": 16, "group_size": 4}).rl_batch
     assert batch.sequences_per_engine == 4  # a prompt's group stays together
-    assert batch.tokens_per_replica == pytest.approx(16 + min(128, batch.lengths.longest(64)))
+    assert batch.tokens_per_block == pytest.approx(16 + min(128, batch.lengths.longest(64)))
 
 
 def test_lengths_have_the_mean_that_was_asked_for() -> None:

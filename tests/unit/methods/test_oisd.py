@@ -205,6 +205,7 @@ def made_of(layers: int = 36, **options: Any) -> OISD:
     [
         ({"model": {"fused_head": False}}, r"model\.fused_head=false makes all logits at once; set model\.fused_head=true"),
         ({"model": {"recompute": "full"}}, r"model\.recompute=full throws a layer's queries .* set model\.recompute=selective"),
+        ({"parallel": {"context": 2}}, r"with parallel\.context 2 no rank has all keys .* set parallel\.context=1"),
         ({"rl": {"options": {"think_coef": 0, "attention_coef": 0}}}, "both 0, which leaves GRPO"),
         ({"rl": {"options": {"layer": 0}}}, r"rl\.options\.layer"),
     ],
@@ -216,7 +217,8 @@ def test_what_makes_no_sense_is_refused(changes: dict[str, Any], message: str):
 
 def test_what_keeps_the_layers_inputs_is_fine():
     choose_method(recipe(model={"recompute": "selective"}))
-    choose_method(recipe(model={"recompute": "full"}, rl={"method": "oisd", "options": {"attention_coef": 0}}))
+    for section in ({"model": {"recompute": "full"}}, {"parallel": {"context": 2}}):
+        choose_method(recipe(**section, rl={"method": "oisd", "options": {"attention_coef": 0}}))
 
 
 def test_the_layer_comes_before_the_last():
