@@ -39,7 +39,7 @@ def ddp_config(config: Config, topology: Topology) -> DistributedDataParallelCon
         overlap_grad_reduce=overlaps_grad_reduce(
             config.parallel.overlap_grad_reduce,
             on_gpu=topology.device.type == "cuda",
-            replicas=topology.data_size * topology.context_size,
+            replicas=topology.num_replicas,
         ),
     )
 
