@@ -22,7 +22,7 @@ from megatron_reheat.cli import main
 from megatron_reheat.cluster.estimate import Estimate
 from megatron_reheat.cluster.gpu_start import check_gpu_start
 from megatron_reheat.cluster.gpus import CONSTANT_TEXTS, GIB, GPUS, Constants
-from megatron_reheat.cluster.preflight import check, find_knee, make_estimate, scaling
+from megatron_reheat.cluster.preflight import MAX_MEAN_TOKENS, check, find_knee, make_estimate, scaling
 from megatron_reheat.cluster.published import FITTED, calibration, comparisons
 from megatron_reheat.cluster.workload import FrozenShape, Lengths
 from megatron_reheat.config import Config
@@ -31,6 +31,7 @@ from megatron_reheat.model.architecture import LLAMA_31_8B, QWEN, QWEN3, QWEN25,
 from megatron_reheat.recipe import apply_override, load_config, parse_config
 from megatron_reheat.rollout.engine_options import engine_options
 from megatron_reheat.stages.engines import with_fixed_cache
+from scripts.estimate_accuracy import table
 from tests.e2e import runs
 from tests.tiny_models import FAMILIES, save_tiny_model
 
@@ -343,12 +344,12 @@ def test_scaling_runs_to_1024_whatever_the_recipe_fixes() -> None:
 
 
 def test_the_estimate_is_as_near_to_published_figures_as_it_is_said_to_be() -> None:
-    """Trainers and vLLM within 1.45x, a whole step of known lengths within 1.35x. The paper's steps are left out: its lengths
+    """Trainers and vLLM within 1.5x, a whole step of known lengths within 1.35x. The paper's steps are left out: its lengths
     are unknown, and its reheating is several times slower than its own RL."""
     rows = comparisons(2048.0)
     assert sum(row.calibration for row in rows) == 5
     known = [row for row in rows if "paper" not in row.what and "sync" not in row.what and "demo" not in row.what]
-    assert len(known) == 20 and all(row.off < 1.45 for row in known), [(row.what, row.ratio) for row in known]
+    assert len(known) == 20 and all(row.off < 1.5 for row in known), [(row.what, row.ratio) for row in known]
     blind = [
         row for row in known if not row.calibration and ("pretraining, Qwen3-8B" in row.what or "vLLM" in row.what)
     ]
@@ -357,6 +358,10 @@ def test_the_estimate_is_as_near_to_published_figures_as_it_is_said_to_be() -> N
     assert all(row.off < 2 for row in rows if "sync" in row.what or "demo" in row.what)
     worst = max(rows, key=lambda row: row.off)
     assert "reheating" in worst.what and 7 < worst.off < 9  # the README says so
+
+
+def test_the_table_that_is_shown_is_the_one_that_is_printed() -> None:
+    assert table(comparisons(MAX_MEAN_TOKENS)) in (ROOT / "scripts" / "README.md").read_text()
 
 
 def test_fitted_constants_are_the_nearest_to_the_calibration_and_to_nothing_else() -> None:
