@@ -56,7 +56,12 @@ def comparisons(mean_tokens: float, constants: Constants | None = None) -> list[
 
 
 def calibration(gpus: dict[str, Gpu]) -> Iterator[Comparison]:
-    """The rows that `FITTED` is fitted to."""
+    """The rows that `FITTED` is fitted to.
+
+    Sources, here and for other trainers: prime-rl's `benchmarks/baselines` of January 2026 (`step_time`; `throughput` spans
+    from step to step, which the weights' way to a disk is part of) and Megatron-Bridge's
+    `examples/model_verification_cards` of July 2026.
+    """
     small, smallest = QWEN3["Qwen3-4B"], QWEN3["Qwen3-0.6B"]
     for name, model, count, length, seconds in (
         ("Qwen3-4B, 8 x H100", small, 8, 16_384, 4.69),
