@@ -158,7 +158,7 @@ class Estimate(Memory):
         passes = 1 if not training else 4 if self.config.model.recompute == "full" else 3
         # two norms, two residual sums, norms and rotation of queries and keys, the gated activation: each read and written
         values = 10 * m.hidden_size + 4 * (m.query_width + m.kv_width) + 3 * m.intermediate_size
-        moved = passes * m.num_hidden_layers * values * VALUE_BYTES[self.config.model.dtype]
+        moved: float = passes * m.num_hidden_layers * values * VALUE_BYTES[self.config.model.dtype]
         moved += head * m.vocab_size * (_LOSS_BYTES if training else _SCORE_BYTES)
         return (
             matrices / (self.gpu.flops * constants.matmul_flops)

@@ -566,7 +566,7 @@ def test_train_asks_before_it_starts_anything(
         assert main(["train", *recipe, "--force"]) == 48
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    assert capsys.readouterr().err.startswith("error: about 8") and not (tmp_path / "run").exists()
+    assert capsys.readouterr().err.startswith("error: about 129.6") and not (tmp_path / "run").exists()
 
 
 def test_model_too_large_for_the_engine() -> None:
