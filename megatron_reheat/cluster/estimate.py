@@ -15,6 +15,11 @@ from megatron_reheat.cluster.workload import Batch
 from megatron_reheat.model.architecture import VALUE_BYTES
 
 _SLICES = 64
+# Flash attention's backward takes five products where forward takes two: it makes the scores anew.
+_ATTENTION_BACKWARD = 2.5
+# Of a float32 logit, bytes: written, read twice and rewritten as its gradient, which is read and written as bf16; scored, the
+# first half.
+_LOSS_BYTES, _SCORE_BYTES = 22, 8
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Estimate(Memory):
         return {
             "rollout": rollout,
             "score": score,
-            "update": batch.minibatches * update,
+            "update": batch.minibatches * update + self.gpu.constants.step_s,
             "sync": self.sync_seconds() + self.turn_seconds(batches),
         }
 
@@ -73,7 +78,9 @@ class Estimate(Memory):
         """No score phase: the teacher is the student's own logits. The update keeps a copy of the weights on the host."""
         batch = self.reheat_batch
         snapshot = self.snapshot_bytes() / self.gpu.constants.host_copy_bytes_s
-        update = self.pass_seconds(batch, training=True) + self.optimizer_seconds() + snapshot
+        update = (
+            self.pass_seconds(batch, training=True) + self.optimizer_seconds() + snapshot + self.gpu.constants.step_s
+        )
         return {"rollout": self.rollout_seconds(batch), "score": 0.0, "update": update, "sync": self.sync_seconds()}
 
     def rollout_seconds(self, batch: Batch) -> float:
@@ -90,8 +97,12 @@ class Estimate(Memory):
             alive = max(1.0, slots * math.exp(-reached / x.scale))
             tail += width * self.decode_step_s(alive, p + reached)
         prompts = math.ceil(batch.prompts / batch.num_engines)  # a group shares its prompt through the prefix cache
-        flops = 2 * self.model.num_parameters * prompts * p / self.config.rollout.tensor
-        return full + tail + flops / (self.gpu.flops * self.gpu.constants.prefill_flops)
+        return full + tail + self.prefill_seconds(prompts * p)
+
+    def prefill_seconds(self, tokens: float) -> float:
+        """Of an engine, for so many tokens of prompts too short for attention to count."""
+        flops = 2 * self.model.num_parameters * tokens / self.config.rollout.tensor
+        return flops / (self.gpu.flops * self.gpu.constants.prefill_flops)
 
     def concurrent_sequences(self, batch: Batch) -> float:
         """That an engine decodes at a time, as its KV cache and rollout.max_num_seqs allow."""
@@ -104,42 +115,74 @@ class Estimate(Memory):
         value = self.engine_value_bytes
         read = (m.num_hidden_layers * m.matrix_parameters + m.head_parameters) * value
         cache = requests * context * m.kv_bytes_per_token(value)
-        flops = requests * (self._forward_flops(context * 2, head=1.0))
+        flops = requests * self._decode_flops(context)
         bound = max(
             (read + cache) / (self.gpu.memory_bytes_s * constants.decode_bandwidth),
             flops / (self.gpu.flops * constants.prefill_flops),
         )
-        bound /= self.config.rollout.tensor
-        return bound + constants.decode_step_s + requests * constants.decode_request_s
+        fixed = constants.decode_step_s + requests * constants.decode_seed_s
+        return bound / self.config.rollout.tensor + self._decode_sums_s(requests) + fixed
 
-    def _forward_flops(self, context: float, *, head: float) -> float:
-        """Per token of sequences of `context` tokens (causal: half of it is seen); `head` is the share of head positions."""
-        m = self.model
-        layers = m.num_hidden_layers * (2 * m.matrix_parameters + 2 * context * m.query_width)
-        return layers + head * 2 * m.head_parameters
+    def _decode_sums_s(self, requests: float) -> float:
+        """Two all-reduces a layer over an engine's GPUs, each of which reads the others' parts at once."""
+        m, tensor = self.model, self.config.rollout.tensor
+        if tensor == 1:
+            return 0.0
+        volume = 2 * (tensor - 1) / tensor * requests * m.hidden_size * self.engine_value_bytes
+        return 2 * m.num_hidden_layers * (self.gpu.constants.collective_s + volume / self._link(tensor))
 
-    def pass_flops(self, context: float, *, head: float, training: bool) -> float:
-        """Per token: forward, and twice that backward; recompute repeats forward, or the MLPs' part of it."""
+    def _decode_flops(self, context: float) -> float:
+        """Of a token that `context` others come before."""
         m = self.model
-        body = self._forward_flops(context, head=0.0)
-        lm_head = head * 2 * m.head_parameters
-        if not training:
-            return body + lm_head
-        mlps = m.num_hidden_layers * 2 * 3 * m.hidden_size * m.intermediate_size
-        repeated = {"none": 0, "selective": mlps, "full": body}[self.config.model.recompute]
-        return 3 * body + repeated + lm_head * 3  # the fused head's gradient is taken while its logits exist
+        layers = m.num_hidden_layers * (2 * m.matrix_parameters + 4 * context * m.query_width)
+        return layers + 2 * m.head_parameters
+
+    def token_flops(self, context: float, *, head: float, training: bool) -> tuple[float, float]:
+        """In matrix products and in attention, for each token of causal sequences of `context` tokens: forward, and if
+        `training` backward with what `model.recompute` repeats. `head` is the share of tokens with logits, whose gradient
+        the fused head takes while they exist."""
+        m, recompute = self.model, self.config.model.recompute
+        passes, cores, heads = 1.0, 1.0, 1.0
+        repeated = 0.0
+        if training:
+            passes = 3.0 + (recompute == "full")
+            cores = 1.0 + _ATTENTION_BACKWARD + (recompute == "full")
+            heads = 3.0
+            repeated = 3.0 * m.hidden_size * m.intermediate_size if recompute == "selective" else 0.0
+        layers = m.num_hidden_layers * 2 * (passes * m.matrix_parameters + repeated)
+        return layers + heads * head * 2 * m.head_parameters, cores * m.num_hidden_layers * 2 * context * m.query_width
+
+    def _passes(self, training: bool) -> float:
+        """Of a layer, as its kernels and collectives count: an MLP is about half of both."""
+        return 3 + {"none": 0.0, "selective": 0.5, "full": 1.0}[self.config.model.recompute] if training else 1.0
+
+    def token_seconds(self, context: float, *, head: float, training: bool) -> float:
+        """Of one device for a token's whole model; see `token_flops`. What is bound by memory is added: it overlaps with
+        nothing on one stream."""
+        m, constants = self.model, self.gpu.constants
+        matrices, attention = self.token_flops(context, head=head, training=training)
+        # two norms, two residual sums, norms and rotation of queries and keys, the gated activation: each read and written
+        values = 10 * m.hidden_size + 4 * (m.query_width + m.kv_width) + 3 * m.intermediate_size
+        moved: float = self._passes(training) * m.num_hidden_layers * values * VALUE_BYTES[self.config.model.dtype]
+        moved += head * m.vocab_size * (_LOSS_BYTES if training else _SCORE_BYTES)
+        return (
+            matrices / (self.gpu.flops * constants.matmul_flops)
+            + attention / (self.gpu.flops * constants.attention_flops)
+            + moved / (self.gpu.memory_bytes_s * constants.elementwise_bandwidth)
+        )
 
     def pass_seconds(self, batch: Batch, *, training: bool) -> float:
         """Forward (or forward and backward) of one minibatch, with tensor-parallel collectives, the exchange of keys and values
-        between context ranks, and the pipeline's bubble."""
+        between context ranks, and the pipeline's bubble.
+
+        The host launches kernels ahead of the device, so a micro-batch takes what the slower of the two takes.
+        """
         m, p, constants = self.model, self.config.parallel, self.gpu.constants
         head = batch.lengths.mean / (batch.prompt_tokens + batch.lengths.mean) if self.config.model.fused_head else 1.0
         tokens, count = batch.tokens_per_block / p.context, batch.microbatches
-        flops = tokens * self.pass_flops(batch.context, head=head, training=training) / (p.tensor * p.pipeline)
+        seconds = tokens * self.token_seconds(batch.context, head=head, training=training) / (p.tensor * p.pipeline)
         layers = m.num_hidden_layers / p.pipeline
-        # an MLP is half of a layer's collectives, and about half of its kernels
-        passes = 1 if not training else 3 + {"none": 0, "selective": 0.5, "full": 1}[self.config.model.recompute]
-        seconds = flops / (self.gpu.flops * constants.train_flops) + passes * count * layers * constants.layer_launch_s
+        passes = self._passes(training)
         if p.tensor > 1:
             # two all-reduces (or their halves) per layer in each of forward, backward and recompute
             reductions = 2 * layers * max(1, passes - 1)
@@ -149,17 +192,18 @@ class Estimate(Memory):
             )
         if p.context > 1:
             # keys and values of the others pass through each rank, backward with their gradients
-            exchanges = layers * (passes if training else 1)
             passing = 2 * m.kv_width / p.tensor * VALUE_BYTES[self.config.model.dtype] * tokens * (p.context - 1)
             latency = count * (p.context - 1) * constants.collective_s
-            seconds += exchanges * (passing / self._link(p.tensor * p.context) + latency)
+            seconds += layers * passes * (passing / self._link(p.tensor * p.context) + latency)
+        launching = passes * count * layers * constants.layer_launch_s
+        seconds += launching - constants.launch_overlap * min(seconds, launching)
         return seconds * (count + (p.pipeline - 1) / p.virtual_pipeline) / count
 
     def head_seconds(self, batch: Batch) -> float:
         """The LM head forward and backward over one minibatch's responses, on the last pipeline stage."""
         p, share = self.config.parallel, batch.lengths.mean / (batch.prompt_tokens + batch.lengths.mean)
         flops = batch.tokens_per_block * share * 3 * 2 * self.model.head_parameters / (p.tensor * p.context)
-        return flops / (self.gpu.flops * self.gpu.constants.train_flops)
+        return flops / (self.gpu.flops * self.gpu.constants.matmul_flops)
 
     def optimizer_seconds(self) -> float:
         """Gradient reduction, AdamW on this rank's shard, and the new weights back."""
@@ -179,20 +223,32 @@ class Estimate(Memory):
         return size * (1 + 1 / nodes) / self.gpu.constants.storage_bytes_s
 
     def sync_seconds(self) -> float:
-        """Gather on the replica's first rank (and back to the others, colocated), then into the engines."""
-        p, mode = self.config.parallel, self.config.rollout.mode
+        """Of one weight sync; see `sync_parts`."""
+        return sum(self.sync_parts().values())
+
+    def sync_parts(self) -> dict[str, float]:
+        """Seconds of a weight sync by what they go to, one after the other.
+
+        Gathered on the replica's first rank (and, colocated, back on the others), tensor by tensor given to vLLM, and copied:
+        to servers over the network, elsewhere into a buffer on the trainer's GPU, which an engine's other GPUs read over
+        their links.
+        """
+        p, rollout, gpu = self.config.parallel, self.config.rollout, self.gpu
         ranks = p.tensor * p.pipeline
         weights = self.model.num_parameters * self.engine_value_bytes
-        gather = (
-            weights * (ranks - 1) / ranks / self._link(ranks)
-            + self.model.num_tensors * self.gpu.constants.sync_tensor_s
-        )
-        if mode == "colocated" and ranks > 1:
-            gather += weights / self._link(ranks)
-        if mode == "server":
-            return gather + weights / (self.gpu.network_bytes_s * self.gpu.constants.link_bandwidth)
+        parts = {}
+        if ranks > 1:
+            there_and_back = (ranks - 1) / ranks + (rollout.mode == "colocated")
+            parts[f"gathered from {ranks} ranks"] = weights * there_and_back / self._link(ranks)
+        parts[f"{self.model.num_tensors} tensors loaded"] = self.model.num_tensors * gpu.constants.sync_tensor_s
+        if rollout.mode == "server":
+            parts["over the network"] = weights / (gpu.network_bytes_s * gpu.constants.link_bandwidth)
+            return parts
         # packed into the shared buffer and unpacked by vLLM: two reads and two writes
-        return gather + 4 * weights / self.gpu.memory_bytes_s
+        parts["copied on the device"] = 4 * weights / gpu.memory_bytes_s
+        if rollout.tensor > 1:  # whole tensors, of which each keeps its part
+            parts[f"read by {rollout.tensor - 1} more"] = (rollout.tensor - 1) * weights / self._link(rollout.tensor)
+        return parts
 
     def _link(self, ranks: int) -> float:
         """Bytes/s of a collective over `ranks` neighbouring GPUs."""

@@ -12,15 +12,22 @@ NODE_GPUS = 8
 
 @dataclass(frozen=True)
 class Constants:
-    """What is assumed rather than known. Fractions are of the data sheet's peak."""
+    """What is assumed rather than known. Fractions are of the data sheet's peak.
 
-    train_flops: float = 0.40
+    The four of `cluster.published.FITTED` are fitted to published figures, on H100s; the others are assumptions.
+    """
+
+    matmul_flops: float = 0.64
+    attention_flops: float = 0.50
+    elementwise_bandwidth: float = 0.80
     prefill_flops: float = 0.50
     decode_bandwidth: float = 0.60
     link_bandwidth: float = 0.70
     decode_step_s: float = 3e-3
-    decode_request_s: float = 20e-6
-    layer_launch_s: float = 1e-4
+    decode_seed_s: float = 0.0
+    layer_launch_s: float = 2.1e-3
+    launch_overlap: float = 1.0
+    step_s: float = 1.1
     collective_s: float = 20e-6
     host_copy_bytes_s: float = 4e9
     sync_tensor_s: float = 5e-4
@@ -31,13 +38,17 @@ class Constants:
 
 
 CONSTANT_TEXTS = {
-    "train_flops": "trainer: share of peak FLOP/s in forward and backward",
+    "matmul_flops": "trainer: share of peak FLOP/s in matrix products",
+    "attention_flops": "trainer: share of peak FLOP/s in attention, over whole sequences",
+    "elementwise_bandwidth": "trainer: share of memory bandwidth in norms, rotations, activations and the softmax",
     "prefill_flops": "vLLM: share of peak FLOP/s",
     "decode_bandwidth": "vLLM: share of memory bandwidth while decoding",
     "link_bandwidth": "collectives: share of the link's bandwidth",
     "decode_step_s": "vLLM: fixed seconds per decoding step",
-    "decode_request_s": "vLLM: seconds per request and step (each draws from a generator of its own)",
-    "layer_launch_s": "trainer: launch seconds per layer, pass and micro-batch",
+    "decode_seed_s": "vLLM: seconds per request and step to draw by its own seed (Model Runner V2: one kernel for all)",
+    "layer_launch_s": "trainer: seconds in which the host launches a layer's pass of a micro-batch",
+    "launch_overlap": "trainer: share of launching that passes while the device computes",
+    "step_s": "trainer: seconds per step outside of the layers (batch, packing, logging)",
     "collective_s": "collectives: seconds of latency per hop",
     "host_copy_bytes_s": "copies of the weights to host memory, bytes/s per GPU",
     "sync_tensor_s": "weight sync: seconds for each tensor, in which vLLM finds its place",
@@ -81,8 +92,12 @@ GPUS = {
         1e9,
         Constants(
             decode_step_s=5e-3,
-            decode_request_s=3e-5,
+            matmul_flops=0.40,
+            attention_flops=0.40,
+            decode_seed_s=3e-5,
             layer_launch_s=2e-3,
+            launch_overlap=0.0,
+            step_s=0.05,
             collective_s=2e-4,
             host_copy_bytes_s=1e9,
             engine_overhead_gib=0.5,

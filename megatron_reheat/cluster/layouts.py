@@ -17,12 +17,15 @@ from megatron_reheat.cluster.preflight import MIN_WIDTH, estimate_on, gpu_called
 from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.methods import choose_method
-from megatron_reheat.model.architecture import read_architecture
+from megatron_reheat.model.architecture import VALUE_BYTES, read_architecture
 from megatron_reheat.recipe import apply_override, parse_config
+from megatron_reheat.stages.inputs import context_length
 
 SHOWN = 8
 SIZES = (1, 2, 4, 8, 16)  # of tensor, pipeline and context parallelism, and of an engine
 RECOMPUTE = ("none", "selective", "full")
+FILLED = 0.95  # of a GPU's memory, where vLLM's share is chosen here
+NEAR = 1.03  # times the fastest: too close for the estimate to tell
 
 
 class Layout(NamedTuple):
@@ -42,25 +45,34 @@ class Layout(NamedTuple):
         return sum(self.phases.values())
 
     @property
+    def split(self) -> int:
+        """GPUs that one copy of the model is cut over."""
+        parallel = self.estimate.config.parallel
+        return parallel.tensor * parallel.pipeline
+
+    @property
     def gib(self) -> float:
         """On the fullest GPU."""
         return sum(self.estimate.memory().values()) / GIB
 
 
 def layouts_that_fit(config: Config, gpus: int, gpu: str, mean_tokens: float | None = None) -> tuple[list[Layout], int]:
-    """The fastest first, of layouts that differ in recomputation alone the one that recomputes least; and how many were tried.
+    """The recommended one first, then the fastest first; and how many were tried.
 
-    What is tried: tensor (with sequence parallelism) and pipeline sizes that the model and a node allow, recomputation, and
-    where engines share the trainer's GPUs one engine for each replica or engines in turns with it, of any size. Of virtual
-    pipeline stages as many as the recipe has, and none: what their messages cost is not in the estimate. Only where none of
-    these fits, a micro-batch is split over context-parallel ranks, as few as will do.
+    What is tried: tensor (with sequence parallelism) and pipeline sizes that the model and a node allow, and where engines
+    share the trainer's GPUs one engine for each replica or engines in turns with it, of any size. Of layouts that differ in
+    recomputation, micro-batches and vLLM's share alone the fastest is kept. Of virtual pipeline stages there are as many as the
+    recipe has, or none: what their messages cost is not in the estimate. Only where none of these fits, a micro-batch is split
+    over context-parallel ranks, as few as will do. Of layouts that the estimate cannot tell from the fastest, the one that
+    splits the model least is recommended: it depends least on the links.
     """
     tried = 0
     for context in SIZES:
         found, more = _of_context_size(context, config, gpus, gpu, mean_tokens)
         tried += more
         if found:
-            return sorted(found, key=lambda layout: (layout.step_s, layout.gib)), tried
+            limit = NEAR * min(layout.step_s for layout in found)
+            return sorted(found, key=lambda layout: _rank(layout, limit)), tried
     return [], tried
 
 
@@ -71,14 +83,32 @@ def _of_context_size(
     tried = 0
     for overrides in _ways(config, gpus, context):
         best: Layout | None = None
-        for recompute in RECOMPUTE:
+        for changes in itertools.product(_microbatches(config), RECOMPUTE):
             tried += 1
-            layout = _made(config, (*overrides, f"model.recompute={recompute}"), gpus, gpu, mean_tokens)
-            if layout is not None and (best is None or layout.step_s < best.step_s):
-                best = layout
+            for layout in _made(config, (*overrides, *_said(*changes)), gpus, gpu, mean_tokens):
+                if best is None or layout.step_s < best.step_s:
+                    best = layout
         if best is not None:
             found.append(best)
     return found, tried
+
+
+def _rank(layout: Layout, limit: float) -> tuple[float, ...]:
+    if layout.step_s > limit:
+        return (math.inf, layout.step_s, layout.gib)
+    return (layout.split, layout.estimate.config.parallel.tensor, layout.step_s, layout.gib)
+
+
+def _microbatches(config: Config) -> tuple[int | None, ...]:
+    """None is the recipe's own; smaller ones need less memory, and none is smaller than the longest sequence."""
+    longest = context_length(config, read_architecture(config.model).max_position_embeddings)
+    return (None, longest) if longest < config.parallel.microbatch_tokens else (None,)
+
+
+def _said(microbatch: int | None, recompute: str) -> Iterator[str]:
+    if microbatch is not None:
+        yield f"parallel.microbatch_tokens={microbatch}"
+    yield f"model.recompute={recompute}"
 
 
 def _ways(config: Config, gpus: int, context: int) -> Iterator[tuple[str, ...]]:
@@ -88,14 +118,18 @@ def _ways(config: Config, gpus: int, context: int) -> Iterator[tuple[str, ...]]:
         block = tensor * pipeline * context
         if tensor > NODE_GPUS or gpus % block:
             continue
-        split = (f"parallel.context={context}",) if context != config.parallel.context else ()
-        trainer = (
-            f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", *split, f"parallel.data={gpus // block}",
+        trainer = [
+            f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.data={gpus // block}",
             f"parallel.sequence_parallel={'true' if tensor > 1 else 'false'}",
-            *([f"parallel.virtual_pipeline={chunks}"] if virtual > 1 else []),
-        )  # fmt: skip
+        ]  # fmt: skip
+        if context != config.parallel.context:
+            trainer.append(f"parallel.context={context}")
+        if virtual > 1:
+            trainer.append(f"parallel.virtual_pipeline={chunks}")
+        if not config.parallel.distributed_optimizer:
+            trainer.append("parallel.distributed_optimizer=true")
         if mode == "server":
-            yield trainer
+            yield tuple(trainer)
             continue
         yield (*trainer, "rollout.mode=embedded", "rollout.tensor=1")
         for engine in SIZES:
@@ -103,17 +137,47 @@ def _ways(config: Config, gpus: int, context: int) -> Iterator[tuple[str, ...]]:
                 yield (*trainer, "rollout.mode=colocated", f"rollout.tensor={engine}")
 
 
-def _made(config: Config, overrides: tuple[str, ...], gpus: int, gpu: str, mean_tokens: float | None) -> Layout | None:
-    """None where the model cannot be cut so, or it does not fit."""
+def _made(
+    config: Config, overrides: tuple[str, ...], gpus: int, gpu: str, mean_tokens: float | None
+) -> Iterator[Layout]:
+    """With vLLM's share as in the recipe and as the rest of the memory allows, where they fit; none where the model cannot be
+    cut so."""
+    own = _estimated(config, overrides, gpus, gpu, mean_tokens)
+    if own is None:
+        return
+    if _fits(own, gpu):
+        yield own
+    rollout = config.rollout
+    if rollout.mode == "server" or rollout.kv_cache_mb:
+        return
+    left = FILLED - own.gib / own.estimate.gpu.memory_gib
+    share = math.floor(100 * (rollout.gpu_memory_utilization + left)) / 100
+    if share > 0 and share != rollout.gpu_memory_utilization:
+        changed = (*overrides, f"rollout.gpu_memory_utilization={share:g}")
+        filled = _estimated(config, changed, gpus, gpu, mean_tokens)
+        if filled is not None and _fits(filled, gpu):
+            yield filled
+
+
+def _estimated(
+    config: Config, overrides: tuple[str, ...], gpus: int, gpu: str, mean_tokens: float | None
+) -> Layout | None:
+    """Whether or not it fits; None where the model cannot be cut so."""
     tree = config.model_dump()
     for override in overrides:
         apply_override(tree, override)
     try:
-        estimate = estimate_on(gpu_called(gpu), parse_config(tree), gpus=gpus, mean_tokens=mean_tokens)
-        require_fit(estimate, gpu)
+        return Layout(overrides, estimate_on(gpu_called(gpu), parse_config(tree), gpus=gpus, mean_tokens=mean_tokens))
     except ConfigError:
         return None
-    return Layout(overrides, estimate)
+
+
+def _fits(layout: Layout, gpu: str) -> bool:
+    try:
+        require_fit(layout.estimate, gpu)
+    except ConfigError:
+        return False
+    return True
 
 
 def recommend(
@@ -124,7 +188,8 @@ def recommend(
     mean_tokens: float | None = None,
     console: Console | None = None,
 ) -> None:
-    """Prints the fastest layouts, what the first of them saves where, and its overrides on the last line.
+    """Prints the recommended layout and the fastest others, why it is that one, what it saves where, and its overrides on the
+    last line.
 
     Raises:
         ConfigError: the recipe makes no sense, or none fits.
@@ -141,25 +206,46 @@ def recommend(
         console.width = max(console.width, MIN_WIDTH)
     best = choice[0]
     table = Table(title=f"{config.run.name} on {gpus} x {gpu}: {len(choice)} layouts fit, of {tried} tried")
-    times = ("RL step, s", "rollout", "update", "reheating, s")
-    for column in ("TP", "PP", "CP", "DP", "engines", "recompute", "GiB", *times):
+    times = ("RL step, s", "rollout", "update", "reheating")
+    for column in ("TP x PP x CP x DP", "engines", "recompute", "tokens", "GiB", *times):
         table.add_column(column, justify="right")
     for layout in choice[:SHOWN]:
         e = layout.estimate
         p, rollout = e.config.parallel, e.config.rollout
         engines = f"{e.num_engines} x TP{rollout.tensor}, {rollout.mode}"
         seconds = (layout.step_s, layout.phases["rollout"], layout.phases["update"], sum(e.reheat_step().values()))
-        pipeline = f"{p.pipeline} x {p.virtual_pipeline}" if p.virtual_pipeline > 1 else p.pipeline
-        row = (p.tensor, pipeline, p.context, e.data_size, engines, e.config.model.recompute, f"{layout.gib:.1f}")
+        recompute, microbatch = e.config.model.recompute, f"{p.microbatch_tokens:,}"
+        pipeline = f"{p.pipeline}({p.virtual_pipeline})" if p.virtual_pipeline > 1 else p.pipeline
+        sizes = f"{p.tensor} x {pipeline} x {p.context} x {e.data_size}"
+        row = (sizes, engines, recompute, microbatch, f"{layout.gib:.1f}")
         table.add_row(*map(str, row), *(f"{s:.3g}" for s in seconds))
     console.print(table)
-    console.print(f"All figures are estimates. {_why(best, _own(config, gpus, gpu, mean_tokens))}", soft_wrap=True)
+    console.print(f"All figures are estimates. {_split(choice)}", soft_wrap=True)
+    console.print(_why(best, _own(config, gpus, gpu, mean_tokens)), soft_wrap=True)
     console.print(" ".join(best.overrides), soft_wrap=True)
 
 
 def _own(config: Config, gpus: int, gpu: str, mean_tokens: float | None) -> Layout | None:
     """The recipe's, where it is one for so many GPUs and fits."""
-    return _made(config, (), gpus, gpu, mean_tokens)
+    own = _estimated(config, (), gpus, gpu, mean_tokens)
+    return own if own is not None and _fits(own, gpu) else None
+
+
+def _split(choice: list[Layout]) -> str:
+    """Why the first splits the model, or does not."""
+    best, e = choice[0], choice[0].estimate
+    if best.split == 1:
+        replicas = f"the optimizer's state over {e.num_replicas} replicas"
+        return f"The first leaves the model whole: no collectives in its layers, {replicas}."
+    if whole := [layout for layout in choice if layout.split == 1]:
+        more, changed = whole[0].step_s - best.step_s, whole[0].estimate.config
+        memory = (
+            f"model.recompute={changed.model.recompute} parallel.microbatch_tokens={changed.parallel.microbatch_tokens}"
+        )
+        return f"With the model whole a step takes {more:.3g} s more: memory leaves it {memory}."
+    held = VALUE_BYTES[e.config.model.dtype] + 4 + e.optimizer_bytes / e.num_gpus
+    gib = f"{e.model.num_parameters * held / GIB:.1f} of {e.gpu.memory_gib:.4g} GiB"
+    return f"With the model whole none fits: its weights, gradients and part of the optimizer take {gib}."
 
 
 def _why(best: Layout, own: Layout | None) -> str:

@@ -73,6 +73,7 @@ def check(
     require_fit(estimate, gpu)
     console.print(_time_table(estimate))
     if verbose:
+        console.print(_sync(estimate), soft_wrap=True)
         console.print(_scaling_table(estimate))
         console.print(_published_table(estimate))
         console.print(_constants_table(estimate, gpu))
@@ -333,6 +334,12 @@ def _time_table(e: Estimate) -> Table:
     return table
 
 
+def _sync(e: Estimate) -> str:
+    size = e.model.num_parameters * e.engine_value_bytes / GIB
+    parts = [f"{part} {seconds:.2f} s" for part, seconds in e.sync_parts().items() if seconds >= 0.005]
+    return f"A weight sync, {size:.1f} GiB, takes {e.sync_seconds():.2f} s{': ' if parts else ''}{', '.join(parts)}."
+
+
 def _duration(e: Estimate) -> str:
     steps, c = e.config.run.steps, e.config.controller
     rl, reheat = sum(e.rl_step().values()), sum(e.reheat_step().values())
@@ -390,11 +397,13 @@ def find_knee(rows: list[tuple[int, float, float]]) -> int:
 
 def _published_table(e: Estimate) -> Table:
     table = _table("This model against published figures (1.00 would be exact)", "set-up", "unit", "published")
-    table.add_column("model", justify="right")
-    table.add_column("ratio", justify="right")
-    table.add_column("caveat")
+    for column in ("model", "ratio"):
+        table.add_column(column, justify="right")
+    for column in ("set", "assumed"):
+        table.add_column(column)
     for c in comparisons(e.rl_batch.lengths.mean if e.config.rollout.max_tokens == 8192 else MAX_MEAN_TOKENS):
-        table.add_row(c.what, c.unit, _figure(c.published), _figure(c.modeled), f"{c.ratio:.2f}", c.caveat)
+        used = "calibration" if c.calibration else "validation"
+        table.add_row(c.what, c.unit, _figure(c.published), _figure(c.modeled), f"{c.ratio:.2f}", used, c.assumed)
     return table
 
 

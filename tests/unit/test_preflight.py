@@ -22,8 +22,8 @@ from megatron_reheat.cli import main
 from megatron_reheat.cluster.estimate import Estimate
 from megatron_reheat.cluster.gpu_start import check_gpu_start
 from megatron_reheat.cluster.gpus import CONSTANT_TEXTS, GIB, GPUS, Constants
-from megatron_reheat.cluster.preflight import check, find_knee, make_estimate, scaling
-from megatron_reheat.cluster.published import BLIND, comparisons
+from megatron_reheat.cluster.preflight import MAX_MEAN_TOKENS, check, find_knee, make_estimate, scaling
+from megatron_reheat.cluster.published import FITTED, calibration, comparisons
 from megatron_reheat.cluster.workload import FrozenShape, Lengths
 from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError
@@ -31,6 +31,7 @@ from megatron_reheat.model.architecture import LLAMA_31_8B, QWEN, QWEN3, QWEN25,
 from megatron_reheat.recipe import apply_override, load_config, parse_config
 from megatron_reheat.rollout.engine_options import engine_options
 from megatron_reheat.stages.engines import with_fixed_cache
+from scripts.estimate_accuracy import table
 from tests.e2e import runs
 from tests.tiny_models import FAMILIES, save_tiny_model
 
@@ -149,19 +150,20 @@ def test_context_parallelism_splits_activations_and_shards_the_optimizer_over_al
 
 def test_context_ranks_share_the_work_of_a_block_and_exchange_keys_and_values() -> None:
     configs = [configured(parallel={"context": n, "data": 1}, model={"recompute": "none"}) for n in (1, 2)]
+    h100 = GPUS["h100-80g"]
+    launching_none = dataclasses.replace(h100, constants=dataclasses.replace(h100.constants, layer_launch_s=0.0))
     one, two = (
-        Estimate(c, QWEN["Qwen3-4B"], GPUS["h100-80g"], n, 512, 256) for n, c in zip((1, 2), configs, strict=True)
+        Estimate(c, QWEN["Qwen3-4B"], launching_none, n, 512, 256) for n, c in zip((1, 2), configs, strict=True)
     )
     batch = two.rl_batch
     assert batch.tokens_per_block == one.rl_batch.tokens_per_block and batch.microbatches == one.rl_batch.microbatches
     alone, shared = one.pass_seconds(one.rl_batch, training=True), two.pass_seconds(batch, training=True)
-    launches = 3 * batch.microbatches * 36 * Constants().layer_launch_s
     exchanged = (
         3
         * 36
-        * (2 * 1024 * 2 * batch.tokens_per_block / 2 / two._link(2) + batch.microbatches * Constants().collective_s)
+        * (2 * 1024 * 2 * batch.tokens_per_block / 2 / two._link(2) + batch.microbatches * h100.constants.collective_s)
     )
-    assert shared == pytest.approx((alone - launches) / 2 + launches + exchanged)
+    assert shared == pytest.approx(alone / 2 + exchanged)
     assert two.head_seconds(batch) == one.head_seconds(one.rl_batch) / 2
 
 
@@ -193,9 +195,9 @@ def test_selective_recompute_keeps_attention_and_one_mlp() -> None:
     none, selective, full = (tiny(4, model={"recompute": way}) for way in ("none", "selective", "full"))
     # of the MLP a norm's output and 3 x 96
     assert selective.activation_bytes() == 256 * 2 * (4 * (832 - 64 - 288) + 64 + 288)
-    flops = [e.pass_flops(32.0, head=0.0, training=True) for e in (none, selective, full)]
+    flops = [sum(e.token_flops(32.0, head=0.0, training=True)) for e in (none, selective, full)]
     assert flops[1] - flops[0] == 4 * 2 * 18_432
-    assert flops[2] - flops[0] == none.pass_flops(32.0, head=0.0, training=False)
+    assert flops[2] - flops[0] == sum(none.token_flops(32.0, head=0.0, training=False))
     times = [e.pass_seconds(e.rl_batch, training=True) for e in (none, selective, full)]
     assert times[0] < times[1] < times[2]
 
@@ -349,9 +351,39 @@ def test_lengths_that_all_reach_the_cap_do_not_cancel() -> None:
 def test_flops_per_token_by_hand() -> None:
     matrices, attention, head = 2 * 4 * 30_720, 2 * 4 * 50 * 64, 2 * TABLE
     estimate = tiny(model={"recompute": "none"})
-    assert estimate.pass_flops(50, head=1.0, training=False) == matrices + attention + head
-    assert estimate.pass_flops(50, head=0.5, training=True) == 3 * (matrices + attention) + 0.5 * 3 * head
-    assert tiny().pass_flops(50, head=0.0, training=True) == 4 * (matrices + attention)
+    assert estimate.token_flops(50, head=1.0, training=False) == (matrices + head, attention)
+    assert estimate.token_flops(50, head=0.5, training=True) == (3 * matrices + 0.5 * 3 * head, 3.5 * attention)
+    assert tiny().token_flops(50, head=0.0, training=True) == (4 * matrices, 4.5 * attention)
+    selective = tiny(model={"recompute": "selective"})  # the MLPs alone once more
+    assert selective.token_flops(50, head=0.0, training=True) == (3 * matrices + 4 * 2 * 18_432, 3.5 * attention)
+
+
+def test_seconds_per_token_by_hand() -> None:
+    estimate = tiny(model={"recompute": "none", "dtype": "bfloat16"})
+    gpu, constants = estimate.gpu, estimate.gpu.constants
+    matrices, attention = estimate.token_flops(50, head=0.5, training=True)
+    m = estimate.model
+    each = 2 * (10 * m.hidden_size + 4 * (m.query_width + m.kv_width) + 3 * m.intermediate_size)
+    moved = 3 * m.num_hidden_layers * each + 0.5 * m.vocab_size * 22
+    assert estimate.token_seconds(50, head=0.5, training=True) == pytest.approx(
+        matrices / gpu.flops / constants.matmul_flops
+        + attention / gpu.flops / constants.attention_flops
+        + moved / gpu.memory_bytes_s / constants.elementwise_bandwidth
+    )
+
+
+def test_the_host_launches_while_a_gpu_computes_and_not_while_a_core_does() -> None:
+    """A micro-batch of few tokens takes as long as its launching, whatever the layout: what makes TP=4 slow on 2,048 tokens."""
+
+    def seconds(kind: str, tokens: int) -> float:
+        estimate = dataclasses.replace(tiny(1, model={"dtype": "bfloat16"}), gpu=GPUS[kind])
+        lengths = Lengths(scale=1e9, cap=tokens)
+        batch = dataclasses.replace(estimate.rl_batch, prompts=1, group_size=1, lengths=lengths, prompt_tokens=0.0)
+        return estimate.pass_seconds(batch, training=True)
+
+    launching = 4 * tiny().model.num_hidden_layers * GPUS["h100-80g"].constants.layer_launch_s
+    assert seconds("h100-80g", 64) == seconds("h100-80g", 128) == pytest.approx(launching)
+    assert seconds("cpu", 128) > seconds("cpu", 64) > 4 * tiny().model.num_hidden_layers * 2e-3
 
 
 def test_phases_scale_as_they_must() -> None:
@@ -376,11 +408,37 @@ def test_scaling_runs_to_1024_whatever_the_recipe_fixes() -> None:
     assert all(later < earlier * 1.01 for (_, earlier, _), (_, later, _) in itertools.pairwise(rows))
 
 
-def test_the_model_is_within_an_order_of_magnitude_of_measured_trainers() -> None:
-    """The paper's reheating is left out: its trainer is several times slower than its own RL."""
-    rows = [c for c in comparisons(2048.0) if "reheating" not in c.what and "sync" not in c.what]
-    assert len(rows) >= 7
-    assert all(0.3 < c.ratio < 3 for c in rows), [(c.what, c.ratio) for c in rows]
+def test_the_estimate_is_as_near_to_published_figures_as_it_is_said_to_be() -> None:
+    """Trainers and vLLM within 1.5x, a whole step of known lengths within 1.35x. The paper's steps are left out: its lengths
+    are unknown, and its reheating is several times slower than its own RL."""
+    rows = comparisons(2048.0)
+    assert sum(row.calibration for row in rows) == 5
+    known = [row for row in rows if "paper" not in row.what and "sync" not in row.what and "demo" not in row.what]
+    assert len(known) == 20 and all(row.off < 1.5 for row in known), [(row.what, row.ratio) for row in known]
+    blind = [
+        row for row in known if not row.calibration and ("pretraining, Qwen3-8B" in row.what or "vLLM" in row.what)
+    ]
+    assert len(blind) == 3 and all(row.off < 1.1 for row in blind)
+    assert all(row.off < 1.35 for row in known if "NeMo" in row.what)
+    assert all(row.off < 2 for row in rows if "sync" in row.what or "demo" in row.what)
+    worst = max(rows, key=lambda row: row.off)
+    assert "reheating" in worst.what and 7 < worst.off < 9  # the README says so
+
+
+def test_the_table_that_is_shown_is_the_one_that_is_printed() -> None:
+    assert table(comparisons(MAX_MEAN_TOKENS)) in (ROOT / "scripts" / "README.md").read_text()
+
+
+def test_fitted_constants_are_the_nearest_to_the_calibration_and_to_nothing_else() -> None:
+    def misses(constants: Constants) -> float:
+        gpus = {name: dataclasses.replace(gpu, constants=constants) for name, gpu in GPUS.items()}
+        return sum(math.log(row.ratio) ** 2 for row in calibration(gpus))
+
+    fitted = Constants()
+    for name in FITTED:
+        for factor in (0.94, 1.06):
+            moved = dataclasses.replace(fitted, **{name: factor * getattr(fitted, name)})
+            assert misses(moved) > misses(fitted), (name, factor)
 
 
 def test_every_constant_is_explained() -> None:
@@ -404,7 +462,9 @@ def test_command_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
         "1024",
         "prime-rl",
         "NeMo-RL",
-        "1,581",
+        "13,322",
+        "calibration",
+        "A weight sync, 7.5 GiB, takes 0.21 s: 398 tensors loaded 0.20 s, copied on the device 0.01 s.",
         "share of peak FLOP/s",
         "Not checked: data, tokenizer, weights",
     ):
@@ -416,7 +476,7 @@ def test_the_last_line_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     assert "knee at" not in out and "main gradients (float32)" in out
     assert out.splitlines()[-1].startswith(
-        "fits: 70.0 of 79.1 GiB on each h100-80g; 543 RL steps take about 20.8 h; each round"
+        "fits: 70.0 of 79.1 GiB on each h100-80g; 543 RL steps take about 19.6 h; each round"
     )
     assert max(map(len, out.splitlines()[:-1])) <= 150
 
@@ -574,7 +634,7 @@ def test_train_asks_before_it_starts_anything(
     monkeypatch.setattr("megatron_reheat.cli.launch_here", lambda *arguments: pytest.fail(f"started {arguments}"))
     recipe = [
         str(ROOT / "yaml" / "ts_opsd.yaml"),
-        "parallel.data=4",
+        "parallel.data=8",
         "model.recompute=none",
         f"run.folder={tmp_path}/run",
     ]
@@ -585,7 +645,7 @@ def test_train_asks_before_it_starts_anything(
         assert main(["train", *recipe, "--force"]) == 48
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    assert capsys.readouterr().err.startswith("error: about 8") and not (tmp_path / "run").exists()
+    assert capsys.readouterr().err.startswith("error: about 129.6") and not (tmp_path / "run").exists()
 
 
 def test_model_too_large_for_the_engine() -> None:
@@ -676,12 +736,53 @@ def test_check_reads_the_explorers_folder(tmp_path: Path) -> None:
     assert "for explorer leaves a KV cache of 0 tokens" in refusal(tight, gpus=8, gpu="cpu")
 
 
-def test_what_was_published_since_is_met_without_a_constant_set_by_it() -> None:
-    """To within a factor of two; the prime-rl row at 16k tokens is known to be too good."""
-    rows = {row.what: row for row in comparisons(2048)}
-    blind = [row for row in rows.values() if row.caveat.startswith(BLIND)]
-    assert len(blind) == 2 and all(0.5 < row.ratio < 2 for row in blind)
-    assert 0.5 < next(row.ratio for what, row in rows.items() if "weight sync" in what) < 2
+@pytest.mark.parametrize(
+    ("rollout", "parallel", "parts"),
+    [
+        ({}, {}, {"copied on the device": 4 / 3.35e12}),
+        (
+            {"mode": "colocated"},
+            {"tensor": 2},
+            {"gathered from 2 ranks": 1.5 / (0.7 * 450e9), "copied on the device": 4 / 3.35e12},
+        ),
+        (
+            {"mode": "colocated", "tensor": 4},
+            {},
+            {"copied on the device": 4 / 3.35e12, "read by 3 more": 3 / (0.7 * 450e9)},
+        ),
+        (
+            {"mode": "server", "num_servers": 2},
+            {"pipeline": 2},
+            {"gathered from 2 ranks": 0.5 / (0.7 * 450e9), "over the network": 1 / (0.7 * 50e9)},
+        ),
+    ],
+)
+def test_a_weight_sync_is_bytes_over_what_they_cross_and_time_for_each_tensor(
+    rollout: dict[str, Any], parallel: dict[str, Any], parts: dict[str, float]
+) -> None:
+    estimate = make_estimate(configured(rollout=rollout, parallel={"microbatch_tokens": 16_384, **parallel}), gpus=8)
+    size = 2 * estimate.model.num_parameters
+    expected = {part: size * seconds for part, seconds in parts.items()} | {"398 tensors loaded": 398 * 5e-4}
+    assert estimate.sync_parts() == pytest.approx(expected)
+    assert estimate.sync_seconds() == estimate.rl_step()["sync"] == pytest.approx(sum(expected.values()))
+
+
+def test_seeds_cost_nothing_where_one_kernel_draws_for_all() -> None:
+    estimate = make_estimate(load_config(ROOT / "yaml" / "qwen3_4b_ts_opsd.yaml"))
+    one_by_one = dataclasses.replace(estimate.gpu.constants, decode_seed_s=20e-6)
+    slower = dataclasses.replace(estimate, gpu=dataclasses.replace(estimate.gpu, constants=one_by_one))
+    assert slower.decode_step_s(256, 1000) - estimate.decode_step_s(256, 1000) == pytest.approx(256 * 20e-6)
+    assert GPUS["cpu"].constants.decode_seed_s > 0  # vLLM's runner for CPUs loops over the generators
+
+
+def test_an_engine_of_two_gpus_sums_over_them_twice_a_layer() -> None:
+    def step(tensor: int) -> float:
+        rollout = {"mode": "colocated", "tensor": tensor}
+        return make_estimate(configured(rollout=rollout), gpus=8).decode_step_s(64, 1000)
+
+    fixed, model = 3e-3, QWEN3["Qwen3-4B"]
+    sums = 2 * 36 * (20e-6 + 64 * model.hidden_size * 2 / (0.7 * 450e9))
+    assert step(2) - fixed == pytest.approx((step(1) - fixed) / 2 + sums)
 
 
 @pytest.mark.parametrize("tied", [True, False])
