@@ -217,6 +217,7 @@ def test_a_pool_that_is_closed_meanwhile_says_so_and_starts_nothing_for_what_com
     wait_until(lambda: b.events)
     b.pool.close()
     tasks += grading.add([("1", PROMPTS[0].verifier)])
+    assert b.pool._thread is None
     with pytest.raises(ReheatError, match="ended before they had graded everything"):
         grading.rewards(tasks)
     assert b.pool.worker_pids == [] and b.events == ["graded 0"]
