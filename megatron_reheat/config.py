@@ -275,6 +275,12 @@ class RLConfig(Section):
         description="dynamic sampling: sample as many prompts at once as it took lately, up to 4 times prompts_per_step, "
         "instead of batch after batch; groups beyond those that a step trains on are left out",
     )
+    max_staleness: int = Field(
+        default=0,
+        ge=0,
+        description="dynamic sampling: groups beyond those that a step trains on come first in the next step, if the policy "
+        "that sampled them is at most so many updates old; 0: left out",
+    )
     overlong_buffer: int = Field(
         default=0,
         ge=0,

@@ -12,8 +12,9 @@ def test_grading_beside_the_engines_changes_nothing_but_the_time(tmp_path):
     tree = runs.recipe(runs.make_policy_folder(tmp_path / "model"), tmp_path)
     recipe = runs.write_recipe(tree, tmp_path / "recipe.yaml")
     steps, rollouts = {}, {}
-    for form in ("true", "false"):
-        runs.train(recipe, f"run.name={form}", f"reward.while_sampling={form}", *SHORT, *ALL)
+    for switch in ("reward.while_sampling=true", "reward.while_sampling=false"):
+        form = switch.rpartition("=")[2]
+        runs.train(recipe, f"run.name={form}", switch, *SHORT, *ALL)
         steps[form] = [runs.numbers_of(record) for record in runs.steps_of(tmp_path / form)]
         rollouts[form] = {path.name: path.read_bytes() for path in (tmp_path / form / "rollouts").iterdir()}
     assert len(steps["true"]) == 3 and steps["true"] == steps["false"]
