@@ -164,6 +164,11 @@ class RewardConfig(Section):
     timeout_s: float = Field(
         default=10.0, gt=0, le=MAX_WAIT_S, description="of one answer, seconds; one that takes longer counts as wrong"
     )
+    while_sampling: bool = Field(
+        default=True,
+        description="grade each response as soon as it is sampled, beside the engine, where one that runs out of time has its "
+        "time again after the last; false: all of them after the last",
+    )
     correct: float = Field(default=1.0, ge=-MAX_REWARD, le=MAX_REWARD, description="reward of a right answer")
     incorrect: float = Field(default=0.0, ge=-MAX_REWARD, le=MAX_REWARD, description="reward of a wrong one")
     answer_chars: int = Field(
@@ -308,6 +313,12 @@ class RLConfig(Section):
         default=True,
         description="dynamic sampling: sample as many prompts at once as it took lately, up to 4 times prompts_per_step, "
         "instead of batch after batch; groups beyond those that a step trains on are left out",
+    )
+    max_staleness: int = Field(
+        default=0,
+        ge=0,
+        description="dynamic sampling: groups beyond those that a step trains on come first in the next step, if the policy "
+        "that sampled them is at most so many updates old; 0: left out",
     )
     overlong_buffer: int = Field(
         default=0,

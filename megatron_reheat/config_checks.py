@@ -73,6 +73,8 @@ def cross_field_problems(c: Config) -> Iterator[str]:
                 yield f"sft.steps needs {place}.solution_template, the worked answer to imitate (e.g. '{{answer}}')"
     if c.rollout.tensor > 1 and c.rollout.mode == "embedded":
         yield "rollout.tensor needs rollout.mode colocated or server; an embedded engine has one device"
+    if c.rl.max_staleness and not c.rl.dynamic_sampling:
+        yield "rl.max_staleness needs rl.dynamic_sampling: a step has no surplus groups without; set it to true, or this to 0"
     if c.rollout.overlap and c.rollout.mode != "server":
         yield "rollout.overlap needs rollout.mode=server: the other engines share their devices with the trainer"
     urls = [*c.rollout.servers, *(url for of_one in c.rl.sampler_servers.values() for url in of_one)]

@@ -102,7 +102,8 @@ class Collected:
     """The groups to train on, and what they were chosen from.
 
     `first` is the whole first generation batch as the policy sampled it: that from which groups were made that are in
-    `groups`, where they come first, and the `discarded`. `metrics` are over everything that the policy sampled for them.
+    `groups`, where only what an older policy sampled comes before them (`rl.max_staleness`), and the `discarded`. `metrics` are
+    over everything that the policy sampled for them.
     `extra` are groups that a method sampled besides.
     """
 

@@ -3,7 +3,8 @@
     python -m scripts.bench_loop [--steps 30] [--params 100M]
 
 Engine start; weight sync against a plain copy of the same bytes; rollouts through the product's engine against vLLM alone;
-training; and where the seconds of an RL step go in the demo's own layout. Quote medians of two runs: machines are shared.
+grading beside the rollout against grading after it; training; and where the seconds of an RL step go in the demo's own layout.
+Quote medians of two runs: machines are shared.
 """
 
 from __future__ import annotations
@@ -166,11 +167,17 @@ def part_rows(parts: Parts) -> list[Row]:
         threads=rollout.threads or 1,
     )
     seen: list[dict[str, float]] = []
-    for seed in range(REPEATS + 1):  # in turns, so that both meet the same load from others
-        clock = Clock()
-        groups = parts.policy.sample(prompts, rl.group_size, params, seed, clock)
+    for seed in range(REPEATS + 1):  # in turns, so that all meet the same load from others
+        forms = {}
+        for while_sampling in (True, False) if seed % 2 else (False, True):
+            parts.verifiers.while_sampling, clock = while_sampling, Clock()
+            groups = parts.policy.sample(prompts, rl.group_size, params, seed, clock)
+            forms["beside" if while_sampling else "after"] = clock.metrics()
+        after = forms["after"]
         sampled = sum(len(c.token_ids) for g in groups for c in g.completions)
-        seen.append({**clock.metrics(), "ours": sampled / clock.metrics()["time/rollout_s"], **alone.generate()})
+        both = {name: m["time/rollout_s"] + m["time/reward_s"] for name, m in forms.items()}
+        ratio = {"ratio": both["beside"] / both["after"]}
+        seen.append({**after, **both, **ratio, "ours": sampled / after["time/rollout_s"], **alone.generate()})
     alone.close()
     seen = seen[1:]
     median = {key: statistics.median(s[key] for s in seen) for key in seen[0]}
@@ -201,6 +208,12 @@ def part_rows(parts: Parts) -> list[Row]:
             for kind, title in (("plain", "vLLM alone"), ("same", "with logprobs and seeds"))
         ),
         (f"grading {len(batch)} responses", f"{1e3 * median['time/reward_s']:.1f} ms", "", ""),
+        (
+            "rollout and grading, beside each other",
+            f"{1e3 * median['beside']:.1f} ms",
+            f"one after the other {1e3 * median['after']:.1f} ms",
+            f"{median['ratio']:.2f}x; {min(s['ratio'] for s in seen):.2f} to {best['ratio']:.2f}",
+        ),
         (
             "score",
             f"{batch.num_tokens / score_s:,.0f} tokens/s",

@@ -30,7 +30,7 @@ class PromptCursor:
     def __init__(self, dataset: PromptDataset, *, seed: int, shuffle: bool = True) -> None:
         self.epoch = 0
         self.position = 0
-        self._dataset = dataset
+        self.dataset = dataset
         self._identity = {"seed": seed, "shuffle": shuffle, "fingerprint": dataset.fingerprint}
         self._order: array.array[int] | None = None
 
@@ -38,15 +38,15 @@ class PromptCursor:
         """The next `n` prompts; past the end of an epoch it goes on with the next one."""
         drawn: list[Prompt] = []
         while len(drawn) < n:
-            if self.position == self._dataset.epoch_length(self.epoch):
+            if self.position == self.dataset.epoch_length(self.epoch):
                 self.epoch += 1
                 self.position = 0
                 self._order = None
             if self._order is None:
                 seed, shuffle = self._identity["seed"], bool(self._identity["shuffle"])
-                self._order = self._dataset.epoch_order(str(seed), self.epoch, shuffle=shuffle)
+                self._order = self.dataset.epoch_order(str(seed), self.epoch, shuffle=shuffle)
             stop = min(len(self._order), self.position + n - len(drawn))
-            drawn += self._dataset.take(self._order[self.position : stop])
+            drawn += self.dataset.take(self._order[self.position : stop])
             self.position = stop
         return drawn
 
@@ -60,7 +60,7 @@ class PromptCursor:
         if state.keys() != self.state().keys() or not all(isinstance(count, int) and count >= 0 for count in counts):
             return f"its place in the data is {dict(state)}, and this version reads {', '.join(self.state())}"
         if state["fingerprint"] == self._identity["fingerprint"]:
-            length = self._dataset.epoch_length(state["epoch"])
+            length = self.dataset.epoch_length(state["epoch"])
             if state["position"] > length:
                 return f"its place in the data is prompt {state['position']} of {length}"
         return None
@@ -73,7 +73,7 @@ class PromptCursor:
         """
         changed = [key for key, value in self._identity.items() if state[key] != value]
         if changed:
-            keys = {"seed": "run.seed", "shuffle": "data.shuffle", "fingerprint": self._dataset.identified_by}
+            keys = {"seed": "run.seed", "shuffle": "data.shuffle", "fingerprint": self.dataset.identified_by}
             raise ConfigError(
                 f"the checkpoint's place in the data does not fit this run: {', '.join(keys[key] for key in changed)} "
                 "changed; restore the data section it was written with, or start a new run"

@@ -92,19 +92,27 @@ def choose_method(config: Config) -> MethodChoice:
             raise ConfigError(
                 f"rl.{key}: rl.method {config.rl.method} has a loss of its own, which does not follow it; leave it out"
             )
-    for problem in (*cls.problems(config, options), *_overlap_problems(config, cls)):
+    for problem in (*cls.problems(config, options), *_staleness_problems(config, cls)):
         raise ConfigError(problem)
     return MethodChoice(cls, options)
 
 
-def _overlap_problems(config: Config, cls: type[GRPO]) -> Iterator[str]:
-    if not config.rollout.overlap or cls.anchored_at_sampler:
-        return
-    stale = "rollout.overlap samples from the policy of a step before"
-    if "tis_cap" not in cls.loss_keys:
-        yield f"{stale}, for which the loss of rl.method {config.rl.method} does not correct; set rollout.overlap=false"
-    elif config.rl.tis_cap is None:
-        yield f"{stale}; set rl.tis_cap (e.g. 2.0) to correct for it"
+def _staleness_problems(config: Config, cls: type[GRPO]) -> Iterator[str]:
+    stale = {
+        "rollout.overlap=false": "rollout.overlap samples from the policy of a step before"
+        if config.rollout.overlap
+        else "",
+        "rl.max_staleness=0": "rl.max_staleness trains on what a policy before sampled"
+        if config.rl.max_staleness
+        else "",
+    }
+    for remedy, what in stale.items():
+        if not what or cls.anchored_at_sampler:
+            continue
+        if "tis_cap" not in cls.loss_keys:
+            yield f"{what}, for which the loss of rl.method {config.rl.method} does not correct; set {remedy}"
+        elif config.rl.tis_cap is None:
+            yield f"{what}; set rl.tis_cap (e.g. 2.0) to correct for it"
 
 
 def method_class(name: str) -> type[GRPO]:

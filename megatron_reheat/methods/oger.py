@@ -101,6 +101,8 @@ class OGER(GRPO):
                 f"rl.method oger multiplies rewards, so that a wrong answer must not be worth less than nothing: set "
                 f"reward.incorrect=0 instead of {config.reward.incorrect:g}"
             )
+        if config.rl.max_staleness:
+            yield "rl.method oger compares groups in the step that samples them; set rl.max_staleness=0"
 
     def __init__(self, config: Config, options: Options, tools: Tools) -> None:
         super().__init__(config, options, tools)

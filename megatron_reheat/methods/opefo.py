@@ -63,6 +63,8 @@ class OPEFO(GRPO):
             yield "rl.method opefo is strictly on-policy, one update per rollout; leave rl.minibatch_prompts empty"
         if config.rollout.overlap:
             yield "rl.method opefo is strictly on-policy, and rollout.overlap samples a step ahead; set it to false"
+        if config.rl.max_staleness:
+            yield "rl.method opefo is strictly on-policy, and rl.max_staleness trains on what an older one sampled; set it to 0"
         if config.rollout.temperature != 1:
             yield (
                 f"rl.method opefo predicts the entropy's change at temperature 1, and rollout.temperature is "

@@ -20,7 +20,7 @@ first half made, so that a step would be two of collecting, scoring and updating
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -60,6 +60,11 @@ class S2LPO(GRPO):
     def __init__(self, config: Config, options: Options, tools: Tools) -> None:
         super().__init__(config, options, tools)
         self._metrics: dict[str, float] = {}
+
+    @classmethod
+    def problems(cls, config: Config, options: Options) -> Iterator[str]:
+        if config.rl.max_staleness:
+            yield "rl.method s2l_po mixes groups in the step that samples them; set rl.max_staleness=0"
 
     @classmethod
     def costs(cls, config: Config, options: Options) -> Costs:

@@ -1,4 +1,4 @@
-"""Grading in worker processes that can be killed.
+"""Grading in worker processes that can be killed, beside whatever the caller does meanwhile.
 
 A verifier is third-party code running on model text: it can loop for ever, exhaust memory or crash, and the text may be
 hostile. Each worker is a fresh interpreter, not a fork of the trainer (which holds threads, torch and accelerators). The
@@ -8,61 +8,93 @@ accept from that is a numbered record of fixed size per item, never a pickle.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import pickle
-import signal
 import struct
-import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Pipe, wait
-from pathlib import Path
+from contextlib import suppress
+from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any
 
 from megatron_reheat.config import RewardConfig
 from megatron_reheat.errors import ConfigError, ReheatError
-from megatron_reheat.processes import helper_environment
 from megatron_reheat.rewards.boxes import graded_part
 from megatron_reheat.rewards.functions import MAX_VALUE, short_name
-from megatron_reheat.rewards.protocol import (
-    CHUNK,
-    CORRECT,
-    DIED,
-    ERROR,
-    INCORRECT,
-    MAX_REPLIES_BYTES,
-    READY,
-    REPLY,
-    TIMED_OUT,
-    USELESS,
-)
+from megatron_reheat.rewards.protocol import CORRECT, DIED, ERROR, INCORRECT, READY, REPLY, TIMED_OUT, USELESS
+from megatron_reheat.rewards.worker_process import WORKER_MODULE, Task, Worker
 from megatron_reheat.types import Reward
 
 logger = logging.getLogger(__name__)
 
 Item = tuple[str, Mapping[str, Any]]
-_Task = tuple[str, bytes]  # the verifier is pickled, so that each item gets a copy of its own
 
-WORKER_MODULE = "megatron_reheat.rewards.worker"
-START_TIMEOUT_S = 120.0
-END_TIMEOUT_S = 5.0
-# The supervisor ends an item whose time is up; only if it does not answer either, the whole worker is replaced.
-SUPERVISOR_GRACE_S = 0.7
 MAX_FAILED_STARTS = 3
 MAX_CHUNK = 16
 
 
+class Grading:
+    """Responses that are graded together, from when they are added; equal texts for one verifier are graded once.
+
+    Time limits are wall time. Until `settle` others may be at work on the same cores, so an answer that is lost before counts
+    for nothing: it is graded again afterwards. An answer can thus not be lost because another was sampled meanwhile.
+    """
+
+    def __init__(self, pool: VerifierPool) -> None:
+        self.settled = False
+        self.unfinished = 0  # tasks without a reward
+        self.lost: list[Task] = []  # to be graded again once settled
+        self.error: BaseException | None = None  # the pool has ended: nothing more will be graded
+        self._pool = pool
+        self._tasks: dict[tuple[str, int], Task] = {}
+        self._packed: dict[
+            int, tuple[Mapping[str, Any], bytes]
+        ] = {}  # with the verifier, lest its id be taken by another
+
+    def add(self, items: Sequence[Item]) -> list[Task]:
+        """Begins to grade (response text, prompt.verifier); returns at once. For one thread at a time, which may be any."""
+        tasks, new = [], []
+        for text, verifier in items:
+            key = (self._pool.relevant(text), id(verifier))
+            task = self._tasks.get(key)
+            if task is None:
+                if id(verifier) not in self._packed:
+                    self._packed[id(verifier)] = verifier, pickle.dumps(verifier, pickle.HIGHEST_PROTOCOL)
+                task = self._tasks[key] = Task(key[0], self._packed[id(verifier)][1], self)
+                new.append(task)
+            tasks.append(task)
+        self._pool.take(self, new)
+        return tasks
+
+    def settle(self) -> None:
+        """From here on nothing else is at work on these cores: what is lost now is lost."""
+        self._pool.settle(self)
+
+    def rewards(self, tasks: Sequence[Task]) -> list[Reward]:
+        """Settles and waits; the rewards of tasks that `add` returned.
+
+        Raises:
+            ReheatError: the workers cannot be started, or a reward function failed on all of several responses.
+            ConfigError: a reward function cannot be imported.
+        """
+        self.settle()
+        self._pool.wait_for(self)
+        self._pool.refuse_useless(tasks)
+        return [task.reward for task in tasks if task.reward is not None]
+
+
 class VerifierPool:
-    """Grades responses in `config.workers` processes, started by the first `grade` and kept until `close`.
+    """Grades responses in `config.workers` processes, started by the first response and kept until `close`.
 
     An item that runs longer than `config.timeout_s`, or whose grader dies under it, is incorrect with `timed_out` set;
-    the grader is replaced and every other item is graded as usual. Not thread-safe.
+    the grader is replaced and every other item is graded as usual. A thread of the pool's own speaks with the workers, which
+    end with it.
 
     Counters since construction: `timeouts` (items over the limit), `restarts` (graders or whole workers replaced because
     an item was lost, or for any other reason) and `errors` (graders that raised; such an item is incorrect). `last_error` says
@@ -75,12 +107,20 @@ class VerifierPool:
         self.restarts = 0
         self.errors = 0
         self.last_error = ""
+        self.while_sampling = config.while_sampling
         self._config = config
         self._worker_module = worker_module
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         self._failed_starts = 0
         self._next_number = 0
         self._defences: bytes | None = None
+        self._changed = threading.Condition()  # holds the lock on everything here but the workers
+        self._open: set[Grading] = set()
+        self._settled: deque[Task] = deque()  # somebody waits for these, so they come first
+        self._beside: deque[Task] = deque()
+        self._thread: threading.Thread | None = None
+        self._bell: tuple[int, int] | None = None  # a pipe that wakes the thread
+        self._closing = False
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -92,77 +132,161 @@ class VerifierPool:
 
     @property
     def worker_pids(self) -> list[int]:
-        """Of the workers that are kept now, not of their graders; empty before the first `grade`."""
+        """Of the workers that are kept now, not of their graders; empty before the first response."""
         return [worker.pid for worker in self._workers]
 
     def close(self) -> None:
-        """Ends the workers. A later `grade` starts new ones."""
-        while self._workers:
-            self._workers.pop().end()
+        """Ends the workers; what is still being graded is given up. A later `grade` or `begin` starts new ones."""
+        with self._changed:
+            thread = self._thread
+            self._closing = thread is not None
+            self._ring()
+            if thread is None:
+                self._give_up(ReheatError("the graders were ended before they had graded everything"))
+        if thread is not None:
+            thread.join()
 
     def grade(self, items: Sequence[Item]) -> list[Reward]:
-        """One reward per (response text, prompt.verifier), in order; equal texts for one verifier are graded once.
+        """One reward per (response text, prompt.verifier), in order. Raises as `Grading.rewards`."""
+        grading = self.begin()
+        grading.settle()
+        return grading.rewards(grading.add(items))
 
-        Raises:
-            ReheatError: the workers cannot be started, or a reward function failed on all of several responses.
-            ConfigError: a reward function cannot be imported.
-        """
-        slots: dict[tuple[str, int], int] = {}
-        packed: dict[int, bytes] = {}
-        tasks: list[_Task] = []
-        slot_of_item = []
-        for text, verifier in items:
-            answer = self._relevant(text)
-            slot = slots.setdefault((answer, id(verifier)), len(tasks))
-            if slot == len(tasks):
-                if id(verifier) not in packed:
-                    packed[id(verifier)] = pickle.dumps(verifier, pickle.HIGHEST_PROTOCOL)
-                tasks.append((answer, packed[id(verifier)]))
-            slot_of_item.append(slot)
-        errors = self.errors
-        try:
-            rewards = self._grade_tasks(tasks)
-            if self._config.kind == "function" and self.errors - errors == len(tasks) >= MAX_CHUNK:
-                raise ReheatError(f"reward.function failed on all of {len(tasks)} responses: {self.last_error}")
-        except BaseException:
-            self.close()  # a worker still busy with this batch would answer the next one
-            raise
-        return [rewards[slot] for slot in slot_of_item]
+    def begin(self) -> Grading:
+        """For responses that come one after the other."""
+        grading = Grading(self)
+        with self._changed:
+            self._open.add(grading)
+        return grading
 
-    def _relevant(self, text: str) -> str:
+    def relevant(self, text: str) -> str:
+        """What of a response the graders are shown."""
         if self._config.kind == "function":
             return text
         return graded_part(text, self._config.answer_chars) if self._config.kind == "math" else text.strip()
 
-    def _grade_tasks(self, tasks: list[_Task]) -> dict[int, Reward]:
-        rewards: dict[int, Reward] = {}
-        pending = deque(range(len(tasks)))
-        while len(rewards) < len(tasks):
-            while len(self._workers) < min(self._config.workers, len(tasks)):
-                self._workers.append(_Worker(self._config, self._worker_module))
-            for worker in list(self._workers):
-                if worker.idle and pending:
-                    chunk = self._take_chunk(pending)
-                    if not worker.send(chunk, tasks, self._next_number):
-                        self._replace(worker, pending)
-                    self._next_number += len(chunk)
-            connections = {worker.connection: worker for worker in self._workers}
-            earliest = min((worker.deadline for worker in self._workers), default=time.monotonic())
-            answered = wait(list(connections), timeout=max(0.0, earliest - time.monotonic()))
+    # -- what a grading asks for -----------------------------------------------------------------------------------
+
+    def take(self, grading: Grading, tasks: Sequence[Task]) -> None:
+        """Queues new tasks, unless the pool has ended since the grading began."""
+        with self._changed:
+            if grading.error is not None or not tasks:
+                return
+            grading.unfinished += len(tasks)
+            (self._settled if grading.settled else self._beside).extend(tasks)
+            self._ring()
+
+    def settle(self, grading: Grading) -> None:
+        with self._changed:
+            if grading.settled:
+                return
+            grading.settled = True
+            self._settled.extend(task for task in self._beside if task.grading is grading)
+            self._beside = deque(task for task in self._beside if task.grading is not grading)
+            self._settled.extend(grading.lost)
+            grading.lost.clear()
+            self._ring()
+
+    def wait_for(self, grading: Grading) -> None:
+        """Until every task of a settled grading has a reward; a grading ends with it."""
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: grading.error is not None or not grading.unfinished)
+                self._open.discard(grading)
+            if grading.error is not None:
+                raise grading.error
+        except BaseException:
+            self.close()  # interrupted: workers would go on with what nobody waits for
+            raise
+
+    def refuse_useless(self, tasks: Sequence[Task]) -> None:
+        """
+        Raises:
+            ReheatError: a reward function of the user's failed on everything.
+        """
+        distinct = set(tasks)
+        if self._config.kind == "function" and len(distinct) >= MAX_CHUNK and all(task.raised for task in distinct):
+            self.close()
+            raise ReheatError(f"reward.function failed on all of {len(distinct)} responses: {self.last_error}")
+
+    # -- the pool's thread, and under the lock ---------------------------------------------------------------------
+
+    def _ring(self) -> None:
+        """Has the thread look again; starts it where there is work and no thread."""
+        if self._thread is None and (self._settled or self._beside):
+            self._bell = os.pipe()
+            for end in self._bell:
+                os.set_blocking(end, False)
+            # a daemon: a process that ends without `close` takes it along, and the workers with it
+            self._thread = threading.Thread(target=self._run, name="grading", daemon=True)
+            self._thread.start()
+        if self._bell is not None:
+            with suppress(BlockingIOError):  # it rings already
+                os.write(self._bell[1], b"!")
+
+    def _run(self) -> None:
+        assert self._bell is not None
+        bell, error = self._bell[0], None
+        try:
+            while not self._closing:
+                with self._changed:
+                    self._hand_out()
+                self._answer(bell)
+        except BaseException as failure:
+            error = failure
+        while self._workers:
+            self._workers.pop().end()
+        with self._changed:
+            for end in self._bell:
+                os.close(end)
+            self._bell = self._thread = None
+            self._closing = False
+            self._give_up(error or ReheatError("the graders were ended before they had graded everything"))
+
+    def _give_up(self, error: BaseException) -> None:
+        for grading in self._open:
+            grading.error = error
+        self._open.clear()
+        self._settled.clear()
+        self._beside.clear()
+        self._changed.notify_all()
+
+    def _hand_out(self) -> None:
+        outstanding = len(self._settled) + len(self._beside) + sum(len(worker.assigned) for worker in self._workers)
+        while len(self._workers) < min(self._config.workers, outstanding):
+            self._workers.append(Worker(self._config, self._worker_module))
+        for worker in list(self._workers):
+            if worker.idle and (self._settled or self._beside):
+                chunk = self._take_chunk(self._settled or self._beside)
+                if not worker.send(chunk, self._next_number):
+                    self._replace(worker)
+                self._next_number += len(chunk)
+
+    def _take_chunk(self, queue: deque[Task]) -> list[Task]:
+        # Small chunks near the end, so that no worker sits on a queue while another has nothing to do.
+        size = min(MAX_CHUNK, -(-len(queue) // (2 * len(self._workers))))
+        chunk = [queue.popleft() for _ in range(size)]
+        for task in chunk:
+            task.beside = not task.grading.settled
+        return chunk
+
+    def _answer(self, bell: int) -> None:
+        """Waits for the workers, for their deadlines or to be woken, and takes in what has come."""
+        connections = {worker.connection: worker for worker in self._workers}
+        earliest = min((worker.deadline for worker in self._workers), default=math.inf)
+        timeout = None if earliest == math.inf else max(0.0, earliest - time.monotonic())
+        answered = wait([bell, *connections], timeout)
+        with self._changed:
+            if bell in answered:
+                os.read(bell, 1 << 16)
             for connection, worker in connections.items():
                 if connection in answered:
-                    self._receive(worker, pending, rewards)
-                elif time.monotonic() > worker.deadline:
-                    self.timeouts += worker.ready
-                    self._fail(worker, pending, rewards)
-        return rewards
+                    self._receive(worker)
+                elif time.monotonic() > worker.deadline and not connection.poll():
+                    self._fail(worker, late=True)
+            self._changed.notify_all()
 
-    def _take_chunk(self, pending: deque[int]) -> list[int]:
-        # Small chunks near the end, so that no worker sits on a queue while another has nothing to do.
-        size = min(MAX_CHUNK, -(-len(pending) // (2 * len(self._workers))))
-        return [pending.popleft() for _ in range(size)]
-
-    def _receive(self, worker: _Worker, pending: deque[int], rewards: dict[int, Reward]) -> None:
+    def _receive(self, worker: Worker) -> None:
         message = worker.receive()
         if not worker.ready and message.startswith(READY):
             worker.start()
@@ -172,28 +296,41 @@ class VerifierPool:
         if not worker.ready and message.startswith(USELESS):
             raise ConfigError(message.removeprefix(USELESS).decode(errors="replace"))
         if not worker.ready or not message or len(message) % REPLY.size:
-            self._fail(worker, pending, rewards)
+            self._fail(worker)
             return
         for number, verdict, values, note in REPLY.iter_unpack(message):
             reward = self._reward(verdict, values) if verdict <= DIED else None
             if reward is None or not worker.assigned or number != worker.number:
-                self._fail(worker, pending, rewards)
+                self._fail(worker)
                 return
-            rewards[worker.finish()] = reward
-            self.timeouts += verdict == TIMED_OUT
+            task = worker.finish()
             self.restarts += verdict in (TIMED_OUT, DIED)
+            if verdict in (TIMED_OUT, DIED):
+                self._lose(task, late=verdict == TIMED_OUT)
+                continue
             if verdict == ERROR:
                 self._count_error(note.rstrip(b"\0"))
+            task.raised = verdict == ERROR
+            self._finish(task, reward)
+
+    def _finish(self, task: Task, reward: Reward) -> None:
+        task.reward = reward
+        task.grading.unfinished -= 1
+
+    def _lose(self, task: Task, *, late: bool) -> None:
+        if not task.beside:
+            self.timeouts += late
+            self._finish(task, Reward(self._config.incorrect, correct=False, timed_out=True))
+        elif task.grading.settled:
+            self._settled.append(task)
+        else:
+            task.grading.lost.append(task)
 
     def _tell_defences(self, defences: bytes) -> None:
         if defences != self._defences:
             log = logger.warning if b"missing" in defences else logger.info
             log("graders of model text run behind: %s", defences.decode())
             self._defences = defences
-
-    @property
-    def _lost(self) -> Reward:
-        return Reward(self._config.incorrect, correct=False, timed_out=True)
 
     def _reward(self, verdict: int, values: bytes = b"") -> Reward | None:
         """What a verdict is worth; None if the values of reward functions are no numbers."""
@@ -213,10 +350,10 @@ class VerifierPool:
         log("grader %s failed: %s; counted as incorrect", self._config.kind, self.last_error)
         self.errors += 1
 
-    def _fail(self, worker: _Worker, pending: deque[int], rewards: dict[int, Reward]) -> None:
+    def _fail(self, worker: Worker, *, late: bool = False) -> None:
         """The whole worker is stuck or dead: the item under it is lost, those behind it go back to the queue."""
         if worker.assigned:
-            rewards[worker.finish()] = self._lost
+            self._lose(worker.finish(), late=late)
         elif not worker.ready:
             self._failed_starts += 1
             if self._failed_starts >= MAX_FAILED_STARTS:
@@ -224,102 +361,12 @@ class VerifierPool:
                     f"{self._failed_starts} reward workers in a row did not start (exit status {worker.end()}); "
                     f"`{sys.executable} -c 'import megatron_reheat.rewards.graders'` shows why"
                 )
-        self._replace(worker, pending)
+        self._replace(worker)
 
-    def _replace(self, worker: _Worker, pending: deque[int]) -> None:
+    def _replace(self, worker: Worker) -> None:
         worker.end()
-        pending.extendleft(reversed(worker.assigned))
+        for task in reversed(worker.assigned):
+            (self._settled if task.grading.settled else self._beside).appendleft(task)
         self._workers.remove(worker)
         self.restarts += 1
-
-
-class _Worker:
-    """One worker and what it is working on: `assigned[0]` is under its grader, with the running number `number`."""
-
-    def __init__(self, config: RewardConfig, module: str = WORKER_MODULE) -> None:
-        self.connection, theirs = Pipe()
-        command = [sys.executable, "-W", "ignore", "-m", module]
-        self._process = subprocess.Popen(
-            [*command, str(theirs.fileno()), config.kind, str(config.timeout_s), *_own_functions(config)],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env=_worker_environment(config.sandbox),
-        )
-        theirs.close()
-        self.assigned: deque[int] = deque()
-        self.number = 0
-        self.ready = False
-        self.deadline = time.monotonic() + START_TIMEOUT_S
-        self._allowed_s = config.timeout_s + SUPERVISOR_GRACE_S
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def idle(self) -> bool:
-        return self.ready and not self.assigned
-
-    def start(self) -> None:
-        self.ready = True
-        self.deadline = float("inf")
-
-    def send(self, chunk: list[int], tasks: list[_Task], number: int) -> bool:
-        """Hands over work, whose first item has this running number; False if the process is gone."""
-        self.assigned.extend(chunk)
-        self.number = number
-        self.deadline = time.monotonic() + self._allowed_s
-        items = pickle.dumps([tasks[i] for i in chunk], pickle.HIGHEST_PROTOCOL)
-        if self._process.poll() is not None:
-            return False  # its supervisor may take a moment longer to go
-        try:
-            self.connection.send_bytes(CHUNK.pack(number, len(chunk)) + items)
-        except OSError:
-            return False
-        return True
-
-    def receive(self) -> bytes:
-        """The next replies, or nothing if the process is gone or talks nonsense."""
-        try:
-            return self.connection.recv_bytes(MAX_REPLIES_BYTES)
-        except (EOFError, OSError):
-            return b""
-
-    def finish(self) -> int:
-        """Takes the item under the grader off the list; the next one's time starts now."""
-        done = self.assigned.popleft()
-        self.number += 1
-        self.deadline = time.monotonic() + self._allowed_s if self.assigned else float("inf")
-        return done
-
-    def end(self) -> int:
-        """Ends the worker with all its processes and reaps it; its exit status."""
-        self.connection.close()
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            return self._process.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
-
-
-def _own_functions(config: RewardConfig) -> list[str]:
-    if config.function is None:
-        return []
-    return [json.dumps({"weights": config.function, "correct_at": config.correct_at, "sandbox": config.sandbox})]
-
-
-def _worker_environment(confined: bool) -> dict[str, str]:
-    """Only what an interpreter needs: a verifier has no use for tokens, or for the variables of torchrun.
-
-    One that is not `confined` gets all but the latter.
-    """
-    kept = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "PYTHONHOME")
-    package_root = str(Path(__file__).resolve().parents[2])
-    search_path = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    single_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    environment = helper_environment()
-    if confined:
-        environment = {name: environment[name] for name in kept if name in environment}
-    return environment | single_thread | {"PYTHONPATH": os.pathsep.join(search_path)}
+        self._ring()  # another is needed before there is anything to wait for

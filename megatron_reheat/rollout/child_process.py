@@ -6,7 +6,9 @@ import os
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,6 +18,13 @@ from megatron_reheat.errors import EngineDied
 from megatron_reheat.rollout.module_process import ModuleProcess, Process
 
 EXIT_GRACE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of an answer, ahead of the rest."""
+
+    value: Any
 
 
 class ChildProcess(ModuleProcess):
@@ -63,21 +72,37 @@ class ChildProcess(ModuleProcess):
         """The first message, without an id: the child answers it as it would request 0. Raises as `send`."""
         self._send_object(settings, "start", timeout_s)
 
-    def call(self, operation: str, *arguments: Any, timeout_s: float, timeout_key: str) -> Any:
-        """Sends a request and waits for its answer.
+    def call(
+        self,
+        operation: str,
+        *arguments: Any,
+        timeout_s: float,
+        timeout_key: str,
+        take: Callable[[Any], None] | None = None,
+    ) -> Any:
+        """Sends a request and waits for its answer; `take` is called with each part that comes before.
 
         Raises:
             EngineDied: when the process is gone, or has not answered within `timeout_s`, the value of `timeout_key`.
             ReheatError: what the process answered with.
         """
         request_id = self.send(operation, *arguments, timeout_s=timeout_s)
-        return self.receive(request_id, operation, timeout_s=timeout_s, timeout_key=timeout_key)
+        return self.receive(request_id, operation, timeout_s=timeout_s, timeout_key=timeout_key, take=take)
 
-    def receive(self, request_id: int, operation: str, *, timeout_s: float, timeout_key: str) -> Any:
+    def receive(
+        self,
+        request_id: int,
+        operation: str,
+        *,
+        timeout_s: float,
+        timeout_key: str,
+        take: Callable[[Any], None] | None = None,
+    ) -> Any:
         """Waits for the answer to one request; answers to earlier, interrupted requests are dropped."""
+        give_up = time.monotonic() + timeout_s
         while True:
             try:
-                if not self._connection.poll(timeout_s):
+                if not self._connection.poll(max(0.0, give_up - time.monotonic())):
                     raise BlockingIOError
                 self._set_timeout(socket.SO_RCVTIMEO, timeout_s)
                 answered_id, answer = self._connection.recv()
@@ -85,8 +110,10 @@ class ChildProcess(ModuleProcess):
                 raise self._stuck(operation, timeout_s, timeout_key) from None
             except (EOFError, OSError):
                 raise self._died(operation) from None
-            if answered_id == request_id:
+            if answered_id == request_id and not isinstance(answer, Part):
                 break
+            if answered_id == request_id and take is not None:
+                take(answer.value)
         if isinstance(answer, Exception):
             raise answer
         return answer

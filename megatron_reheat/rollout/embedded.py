@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from megatron_reheat.rollout.engine_options import engine_environment, engine_op
 from megatron_reheat.rollout.gpus import visible_gpus
 from megatron_reheat.rollout.head_start import WORKER_MODULE, HeadStart
 from megatron_reheat.rollout.packed import Entry, aligned
-from megatron_reheat.rollout.rollout_engine import SyncReport
+from megatron_reheat.rollout.rollout_engine import OnFinished, SyncReport
 from megatron_reheat.rollout.weight_buffer import DeviceBuffer, HostBuffer, SendBuffer
-from megatron_reheat.rollout.wire import SampleRequest, WorkerReady, WorkerSettings
+from megatron_reheat.rollout.wire import SampleReply, SampleRequest, WorkerReady, WorkerSettings
 from megatron_reheat.types import Completion, SamplingParams
 
 WEIGHT_RECEIVER = "megatron_reheat.rollout.weight_receiver.WeightReceiver"
@@ -124,7 +124,12 @@ class EmbeddedEngine:
         self._start()
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        n: int,
+        seed: int,
+        on_finished: OnFinished | None = None,
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`. The same weights, prompts, seed and n give the same completions; sample i of
         prompt p draws from a stream of its own, however vLLM batches the requests.
@@ -137,9 +142,19 @@ class EmbeddedEngine:
             raise WeightSyncError("the rollout engine is asleep; call wake() before generate()")
         check_params(params, n, self._ready.vocab_size)
         checked = check_prompts(prompts, self._ready.max_model_len, self._ready.vocab_size)
-        request = SampleRequest.pack(checked, params, n, seed)
-        reply = self._call("generate", request)
-        return reply.unpack(n, params.temperature)
+        request = SampleRequest.pack(checked, params, n, seed, apart=on_finished is not None)
+        sampled: dict[int, Completion] = {}
+
+        def take(reply: SampleReply) -> None:
+            for place, completion in reply.unpack(params.temperature):
+                sampled[place] = completion
+                if on_finished is not None:
+                    on_finished(*divmod(place, n), completion)
+
+        rest = self._call("generate", request, take=take)
+        if rest is not None:
+            take(rest)
+        return [[sampled[p * n + i] for i in range(n)] for p in range(len(prompts))]
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int, verify: bool) -> SyncReport:
         self._policy_version = None
@@ -211,11 +226,11 @@ class EmbeddedEngine:
         cores = len(os.sched_getaffinity(0))
         return worker_variables(self._config, self._local_engines, cores, [names[gpu] for gpu in self._gpus])
 
-    def _call(self, operation: str, *arguments: Any) -> Any:
+    def _call(self, operation: str, *arguments: Any, take: Callable[[Any], None] | None = None) -> Any:
         assert self._child is not None
         try:
             return self._child.call(
-                operation, *arguments, timeout_s=self._config.timeout_s, timeout_key="rollout.timeout_s"
+                operation, *arguments, timeout_s=self._config.timeout_s, timeout_key="rollout.timeout_s", take=take
             )
         except EngineDied:
             self._policy_version = None

@@ -2,7 +2,8 @@
 
 Started by `EmbeddedEngine` as `worker SOCKET_FD PARENT_PID [CORE,CORE...]`, or forked by `fork_server`. Requests are
 `(id, operation, arguments)`; each is answered by `(id, result or exception)` except `load`, which the trainer streams
-without waiting: what goes wrong in one is raised by the next operation of that sync which is answered.
+without waiting: what goes wrong in one is raised by the next operation of that sync which is answered. `generate` may send
+`(id, Part)` before, for what is finished already.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import signal
 import sys
 import time
 import traceback
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_reheat.large_imports import large_imports
 from megatron_reheat.processes import die_with_parent, name_process
+from megatron_reheat.rollout.child_process import Part
 
 if TYPE_CHECKING:
     from megatron_reheat.rollout.vllm_sampler import VLLMSampler
@@ -103,6 +106,8 @@ def _serve(connection: Connection, sampler: VLLMSampler) -> int:
         if operation == "load":
             load_error = load_error or _load(sampler, arguments)
             continue
+        if operation == "generate":
+            arguments = (*arguments, partial(_send_part, connection, request_id))
         answer: Any
         try:
             if load_error is not None and operation in ("recycle", "commit"):
@@ -117,6 +122,10 @@ def _serve(connection: Connection, sampler: VLLMSampler) -> int:
                 return EXIT_UNREPAIRABLE
         else:
             connection.send((request_id, answer))
+
+
+def _send_part(connection: Connection, request_id: int, value: Any) -> None:
+    connection.send((request_id, Part(value)))
 
 
 def _load(sampler: VLLMSampler, arguments: tuple[Any, ...]) -> Exception | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from megatron_reheat.types import Completion, SamplingParams
+
+# called with the position of the prompt, that of the sample among its own, and the completion
+OnFinished = Callable[[int, int, Completion], None]
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,17 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        n: int,
+        seed: int,
+        on_finished: OnFinished | None = None,
     ) -> list[list[Completion]]:
         """Samples `n` completions of each prompt, in the order of the prompts.
+
+        `on_finished` is called in this thread with each completion as soon as it is finished, in whatever order; of a call
+        that raises, with some of them. What is sampled is the same with it and without.
 
         Raises:
             ConfigError: for a prompt or a setting that cannot be served, naming the prompt's position.

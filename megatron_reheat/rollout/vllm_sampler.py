@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,28 +41,31 @@ class VLLMSampler:
             "version": lambda: self._version,
         }
 
-    def generate(self, request: SampleRequest) -> SampleReply:
-        """Samples every prompt `n` times.
+    def generate(self, request: SampleRequest, send: Callable[[SampleReply], None]) -> SampleReply | None:
+        """Samples every prompt `n` times. What is asked for `apart` goes to `send` after the step in which it is finished, and
+        is not returned.
 
         Raises:
             WeightSyncError: before the first sync and after a failed one.
         """
         if self._version is None:
             raise WeightSyncError("the engine holds no complete weights; sync weights before sampling")
-        prompts = request.prompts()
+        finished: dict[int, Any] = {}
         try:
-            for index, prompt in enumerate(prompts):
-                params = _sampling_params(request, index)
-                self._engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
-            finished: list[Any] = [None] * len(prompts)
+            for index, prompt in enumerate(request.prompts()):
+                for place in range(index * request.n, (index + 1) * request.n, request.samples):
+                    params = _sampling_params(request, place)
+                    self._engine.add_request(str(place), {"prompt_token_ids": prompt}, params)
             while self._engine.has_unfinished_requests():
-                for output in self._engine.step():
-                    if output.finished:
-                        finished[int(output.request_id)] = output.outputs
+                now = {int(output.request_id): output.outputs for output in self._engine.step() if output.finished}
+                if request.apart and now:
+                    send(_pack_reply(now, self._version))
+                else:
+                    finished |= now
         except BaseException:
             self._abort_all()
             raise
-        return _pack_reply(finished, self._version)
+        return None if request.apart else _pack_reply(finished, self._version)
 
     def _abort_all(self) -> None:
         # a request that failed inside a step stays queued, and the next call would wait for it for ever
@@ -128,11 +131,10 @@ def _check_head_size(model_config: Any) -> None:
         )
 
 
-def _sampling_params(request: SampleRequest, index: int) -> vllm.SamplingParams:
+def _sampling_params(request: SampleRequest, place: int) -> vllm.SamplingParams:
     return vllm.SamplingParams(
-        n=request.n,
-        # vLLM gives sample i the seed + i, so prompts are n apart
-        seed=None if request.temperature == 0 else request.base_seed + index * request.n,
+        n=request.samples,
+        seed=request.seed_of(place),
         temperature=request.temperature,
         top_p=request.top_p,
         max_tokens=request.max_tokens,
@@ -145,20 +147,24 @@ def _sampling_params(request: SampleRequest, index: int) -> vllm.SamplingParams:
     )
 
 
-def _pack_reply(finished: list[Any], version: int) -> SampleReply:
+def _pack_reply(finished: Mapping[int, Any], version: int) -> SampleReply:
+    """`finished` are vLLM's outputs of requests, by the place of their first completion."""
+    places: list[int] = []
     token_ids: list[int] = []
     logprobs: list[float] = []
     lengths: list[int] = []
     stopped: list[bool] = []
-    for outputs in finished:
-        for output in outputs:
+    for first, outputs in finished.items():
+        for place, output in enumerate(outputs, start=first):
             if output.finish_reason not in ("stop", "length") or len(output.logprobs.logprobs) != len(output.token_ids):
                 raise ReheatError(f"vLLM ended a request with finish_reason {output.finish_reason!r}")
+            places.append(place)
             token_ids += output.token_ids
             logprobs += output.logprobs.logprobs
             lengths.append(len(output.token_ids))
             stopped.append(output.finish_reason == "stop")
     return SampleReply(
+        places=np.asarray(places, dtype=np.int32),
         token_ids=np.asarray(token_ids, dtype=np.int32),
         logprobs=np.asarray(logprobs, dtype=np.float32),
         lengths=np.asarray(lengths, dtype=np.int32),

@@ -31,7 +31,11 @@ class WorkerReady:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """P prompts, end to end in `token_ids`; `base_seed` is below 2**32."""
+    """P prompts, end to end in `token_ids`; `base_seed` is below 2**32.
+
+    With `apart` every completion is a request of its own to vLLM, and sent as soon as it is finished. vLLM would make those
+    requests of `n` itself, in the same order and with the same seeds.
+    """
 
     token_ids: TokenArray
     lengths: NDArray[np.int32]
@@ -41,9 +45,12 @@ class SampleRequest:
     top_p: float
     max_tokens: int
     stop_token_ids: tuple[int, ...]
+    apart: bool = False
 
     @classmethod
-    def pack(cls, prompts: Sequence[TokenArray], params: SamplingParams, n: int, seed: int) -> SampleRequest:
+    def pack(
+        cls, prompts: Sequence[TokenArray], params: SamplingParams, n: int, seed: int, *, apart: bool = False
+    ) -> SampleRequest:
         """At least one prompt; `seed` is 0 or more, however large."""
         # hashed, so that calls with seed and seed + 1 share no streams though each call uses P x n consecutive ones
         base_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -56,7 +63,18 @@ class SampleRequest:
             top_p=params.top_p,
             max_tokens=params.max_tokens,
             stop_token_ids=params.stop_token_ids,
+            apart=apart,
         )
+
+    @property
+    def samples(self) -> int:
+        """Completions of one request to vLLM."""
+        return 1 if self.apart else self.n
+
+    def seed_of(self, place: int) -> int | None:
+        """Of the request whose first completion is the `place`-th of the P x n; None where nothing is drawn."""
+        # vLLM gives sample i the seed + i, so prompts are n apart
+        return None if self.temperature == 0 else self.base_seed + place
 
     def prompts(self) -> list[list[int]]:
         """Token ids, one list a prompt."""
@@ -65,23 +83,23 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class SampleReply:
-    """P x n completions, end to end, those of one prompt next to each other."""
+    """Completions, end to end; `places` are theirs among the P x n, those of one prompt next to each other."""
 
+    places: NDArray[np.int32]
     token_ids: TokenArray
     logprobs: FloatArray
     lengths: NDArray[np.int32]
     stopped: NDArray[np.bool_]
     policy_version: int
 
-    def unpack(self, n: int, sampling_temperature: float) -> list[list[Completion]]:
-        """[P][n], in the order of the prompts."""
+    def unpack(self, sampling_temperature: float) -> list[tuple[int, Completion]]:
+        """Each with its place."""
         tokens = _split(self.token_ids, self.lengths)
         logprobs = _split(self.logprobs, self.lengths)
-        completions = [
-            Completion(t, lp, sampling_temperature, self.policy_version, "stop" if stopped else "length")
-            for t, lp, stopped in zip(tokens, logprobs, self.stopped, strict=True)
+        return [
+            (int(place), Completion(t, lp, sampling_temperature, self.policy_version, "stop" if stopped else "length"))
+            for place, t, lp, stopped in zip(self.places, tokens, logprobs, self.stopped, strict=True)
         ]
-        return [completions[i : i + n] for i in range(0, len(completions), n)]
 
 
 def _split(flat: NDArray, lengths: NDArray[np.int32]) -> list[NDArray]:

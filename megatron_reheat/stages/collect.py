@@ -16,6 +16,7 @@ from megatron_reheat.data.prompts import PromptCursor
 from megatron_reheat.methods.grpo import Complete
 from megatron_reheat.stages.outcome import derive_seed
 from megatron_reheat.stages.policy import FrozenSampler, Order, Policy
+from megatron_reheat.stages.surplus import SampledAs, Surplus
 from megatron_reheat.types import POLICY, At, Collected, Completion, Group, Prompt, SamplingParams
 
 T = TypeVar("T")
@@ -83,6 +84,7 @@ class Collector:
         self._ahead: _Ahead | None = None
         # of groups, in a running mean over the steps so far; None before the first
         self.kept_fraction: float | None = None
+        self.surplus = Surplus(config.rl.max_staleness)
         self._again_seeds: Iterator[int] = iter(())
 
     def collect(self, at: At, clock: Clock, *, group_size: int, complete: Complete | None = None) -> Collected:
@@ -90,20 +92,25 @@ class Collector:
 
         Groups are kept when the grader's reward, which no method has shaped yet, varies. A generation batch is as large as the
         steps so far say that it has to be (`rl.oversample`): every further one waits for its own longest response. At the cap
-        on generation batches the step goes on with what was kept, which may be nothing; surplus groups are dropped, the last
-        drawn first.
+        on generation batches the step goes on with what was kept, which may be nothing. Surplus groups, the last drawn first,
+        are dropped or, with `rl.max_staleness`, come first in the next step; each step samples something all the same.
 
         Raises:
             StepAbandoned: the run was asked to stop in the meantime.
         """
         rl, before = self._config.rl, self.cursor_state()
         self._again_seeds = (derive_seed(self._config.run.seed, at.step, AGAIN, k) for k in itertools.count())
+        sampled_as = SampledAs(group_size, at.temperature)
+        keeps = bool(rl.max_staleness) and complete is None  # what a method made of a group is that step's
+        fresh = self.surplus.fresh(sampled_as, self._policy.version) if keeps else []
+        reused = fresh[: rl.prompts_per_step - 1]
+        wanted = rl.prompts_per_step - len(reused)
         batches: list[_GenerationBatch] = []
-        while sum(len(b.kept) for b in batches) < rl.prompts_per_step and not self._gives_up(batches):
+        while sum(len(b.kept) for b in batches) < wanted and not self._gives_up(batches):
             if batches and self._should_stop():
                 self._cursor.load_state(before)
                 raise StepAbandoned
-            missing = rl.prompts_per_step - sum(len(b.kept) for b in batches)
+            missing = wanted - sum(len(b.kept) for b in batches)
             sampled = self._sample(at, len(batches), group_size, clock, self._batch_size(missing))
             completed = complete(sampled) if complete else sampled
             batches.append(_GenerationBatch(sampled, completed, [self._teaches(g) for g in completed]))
@@ -112,12 +119,16 @@ class Collector:
         metrics = {**rollout_metrics(seen), "sampling/generation_batches": float(len(batches))}
         metrics["sampling/prompts"] = float(len(seen))
         metrics["sampling/kept_fraction"] = fraction = len(kept) / len(seen)
-        metrics["sampling/surplus_groups"] = float(max(len(kept) - rl.prompts_per_step, 0))
+        metrics["sampling/surplus_groups"] = float(max(len(kept) - wanted, 0))
+        if keeps:
+            metrics["sampling/reused_groups"] = float(len(reused))
+            metrics["sampling/expired_groups"] = float(len(self.surplus) - len(fresh))
+            self.surplus.replace(sampled_as, [*fresh[len(reused) :], *kept[wanted:]])
         before_it = fraction if self.kept_fraction is None else self.kept_fraction
         self.kept_fraction = (1 - RECENT) * before_it + RECENT * fraction
         first = batches[0]
         discarded = [g for g, teaches in zip(first.sampled, first.teaches, strict=True) if not teaches]
-        return Collected(kept[: rl.prompts_per_step], first.sampled, discarded, metrics)
+        return Collected([*reused, *kept[:wanted]], first.sampled, discarded, metrics)
 
     def again(
         self,
@@ -170,12 +181,16 @@ class Collector:
     def look_ahead(self, at: At, group_size: int) -> None:
         """Begins to sample the first prompts of the step `at` from the weights of now."""
         cursor_state = self._cursor.state()
-        size = self._batch_size(self._config.rl.prompts_per_step)
+        rl = self._config.rl
+        # this step's update makes what is kept older by one
+        kept = self.surplus.fresh(SampledAs(group_size, at.temperature), self._policy.version + 1)
+        size = self._batch_size(max(rl.prompts_per_step - len(kept), 1))
         order = self._policy.begin(*self._request(at, 0, group_size, size))
         self._ahead = _Ahead(order, group_size, at.temperature, cursor_state)
 
-    def forget_ahead(self) -> None:
-        """Gives back what was sampled ahead, because another stage comes next."""
+    def forget(self) -> None:
+        """Gives back what was sampled ahead and drops what was kept, because another stage or other weights come next."""
+        self.surplus.forget()
         if self._ahead is not None:
             self._policy.finish(self._ahead.order, Clock())
             self._cursor.load_state(self._ahead.cursor_state)

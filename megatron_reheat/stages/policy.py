@@ -17,9 +17,10 @@ from megatron_reheat.model.engine import Engine
 from megatron_reheat.parallel.seats import engine_seats
 from megatron_reheat.parallel.topology import Topology
 from megatron_reheat.rewards.pool import VerifierPool
-from megatron_reheat.rollout.rollout_engine import RolloutEngine, SyncReport
+from megatron_reheat.rollout.rollout_engine import OnFinished, RolloutEngine, SyncReport
 from megatron_reheat.rollout.server.fleet import ServerFleet
 from megatron_reheat.rollout.weight_sync import WeightSync
+from megatron_reheat.stages.graders import Graders
 from megatron_reheat.types import Completion, Group, Prompt, Reward, SamplingParams
 
 T = TypeVar("T")
@@ -40,6 +41,7 @@ class Order:
 
     prompts: Sequence[Prompt]
     generate: Callable[[], list[list[Completion]]]
+    graders: Graders | None
     started: Future[list[list[Completion]]] | None = None
 
 
@@ -108,24 +110,17 @@ class Sampler:
 
     def finish(self, order: Order, clock: Clock) -> list[Group]:
         """Waits for what `begin` started; returns and raises what `sample` does."""
-        prompts = order.prompts
         with clock.phase("rollout"):
             shares = self._sample_with_restarts(order)
         if order is self._ahead:
             self._ahead = None
-        return self.grade(prompts, _interleave(shares, len(prompts)), clock)
+        return self._grade(order.prompts, _interleave(shares, len(order.prompts)), order.graders, clock)
 
     def grade(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], clock: Clock
     ) -> list[Group]:
         """Grades the completions of each prompt, whoever wrote them; each engine's rank its share."""
-        mine = slice(self._seats.index, None, self._seats.count)
-        with clock.phase("reward"):
-            rewards = _interleave(self._grade(prompts[mine], completions[mine]), len(prompts))
-        return [
-            Group(prompt, tuple(texts), tuple(graded))
-            for prompt, texts, graded in zip(prompts, completions, rewards, strict=True)
-        ]
+        return self._grade(prompts, completions, self._graders(prompts), clock)
 
     def divide(self, items: Sequence[T], work: Callable[[Sequence[T]], Iterable[U]]) -> list[U]:
         """What `work` makes of each item, on every rank; each engine's rank does its share.
@@ -142,13 +137,23 @@ class Sampler:
         return _interleave(self._seats.share(results, error), len(items))
 
     def _order(self, prompts: Sequence[Prompt], n: int, params: SamplingParams, seed: int) -> Order:
-        mine = prompts[self._seats.index :: self._seats.count]
+        mine, graders = prompts[self._seats.index :: self._seats.count], self._graders(prompts)
+        hand_over: OnFinished | None = None
+        if graders is not None and self._verifiers is not None and self._verifiers.while_sampling:
+            hand_over = graders.take
 
         def generate() -> list[list[Completion]]:
-            assert self._sampler is not None
-            return self._sampler.generate([p.token_ids for p in mine], params, n, seed + self._seats.index)
+            assert self._sampler is not None and graders is not None
+            graders.forget()
+            return self._sampler.generate([p.token_ids for p in mine], params, n, seed + self._seats.index, hand_over)
 
-        return Order(prompts, generate)
+        return Order(prompts, generate, graders)
+
+    def _graders(self, prompts: Sequence[Prompt]) -> Graders | None:
+        """For this rank's share of the prompts, where it has verifiers."""
+        if self._verifiers is None:
+            return None
+        return Graders(self._verifiers, prompts[self._seats.index :: self._seats.count], self.decode)
 
     def rest(self) -> None:
         """Nothing is sampled until weights are published again: colocated engines give their memory to the trainer."""
@@ -158,23 +163,26 @@ class Sampler:
         self._ask(None if self._sampler is None else self._sampler.sleep)
 
     def _grade(
-        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
-    ) -> list[list[list[Reward]]]:
-        """Per engine, per prompt of it, the rewards of its completions; each leader grades its own share."""
-        rewards: list[list[Reward]] = []
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        graders: Graders | None,
+        clock: Clock,
+    ) -> list[Group]:
+        """Graded groups on every rank; `graders` are of this rank's share."""
+        mine: list[list[Reward]] = []
         error = None
-        if self._verifiers is not None:
-            items = [
-                (self.decode(c.token_ids.tolist()), p.verifier)
-                for p, cs in zip(prompts, completions, strict=True)
-                for c in cs
-            ]
-            try:
-                flat = iter(self._verifiers.grade(items))
-                rewards = [[next(flat) for _ in cs] for cs in completions]
-            except ReheatError as failure:
-                error = str(failure)
-        return self._seats.share(rewards, error)
+        with clock.phase("reward"):
+            if graders is not None:
+                try:
+                    mine = graders.rewards(completions[self._seats.index :: self._seats.count])
+                except ReheatError as failure:
+                    error = str(failure)
+            rewards = _interleave(self._seats.share(mine, error), len(prompts))
+        return [
+            Group(prompt, tuple(texts), tuple(graded))
+            for prompt, texts, graded in zip(prompts, completions, rewards, strict=True)
+        ]
 
     def _sample_with_restarts(self, order: Order) -> list[Any]:
         generate = order.generate

@@ -333,7 +333,7 @@ class Run:
         if self.borders is not None:
             self.borders.keep(max(round_, self.controller.state.round), verdict)
         if self.controller.state.stage != before or verdict is Verdict.FLATTEN:
-            self.collector.forget_ahead()
+            self.collector.forget()
             self.engine.reset_optimizer()
         return text
 
@@ -367,7 +367,7 @@ class Run:
         if found is None or self.state.rollbacks >= optimizer.max_rollbacks:
             source = self.inputs.source if self.inputs.forked else None
             raise not_finite(skipped, optimizer.max_skipped_steps, self.folder.checkpoints, step - skipped, source)
-        self.collector.forget_ahead()
+        self.collector.forget()
         before = self._load(found)
         self.topology.barrier()
         if self.topology.is_main:
@@ -393,6 +393,8 @@ class Run:
             if self.state.sft_cursor is not None:
                 self.sft_cursor.load_state(self.state.sft_cursor)
             self.collector.kept_fraction = self.state.kept_fraction
+            if not forked:
+                self.collector.surplus.load_state(self.state.surplus, self.cursor.dataset.take)
             self._saved_step = -1 if forked else self.state.step
         if forked:
             self.controller.state.stopped = False
@@ -448,6 +450,7 @@ class Run:
         self.state.policy_version = self.policy.version
         self.state.controller = self.controller.state.to_json()
         self.state.cursor, self.state.kept_fraction = self.collector.cursor_state(), self.collector.kept_fraction
+        self.state.surplus = self.collector.surplus.state()
         self.state.sft_cursor = self.sft_cursor.state()
         self.state.date = self.inputs.today.isoformat()
         self.state.method = {"name": self._method_name, "state": self.method.state()}

@@ -27,7 +27,8 @@ class RunState:
     `entropy` is that of the last RL or reheating step in nats, `rollbacks` counts how often the run went back to an earlier
     checkpoint, `method` is the name of the method (`rl.method`) and what it keeps between steps. `best` holds the best
     evaluation so far by the metric's name (`checkpoint.keep_best`), `date` the day the run began, which chat templates may
-    print. `reference` is the digest of the reference policy (`stages.reference`), `kept_fraction` the collector's.
+    print. `reference` is the digest of the reference policy (`stages.reference`), `kept_fraction` the collector's, as `surplus`
+    is, the groups it kept for later steps (`rl.max_staleness`).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -46,6 +47,7 @@ class RunState:
     method: dict[str, Any] = field(default_factory=dict)
     reference: str | None = None
     kept_fraction: float | None = None
+    surplus: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_run_state(checkpoint: Path) -> RunState:

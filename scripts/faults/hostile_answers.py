@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import psutil
 
 from megatron_reheat.config import RewardConfig
-from megatron_reheat.rewards.pool import WORKER_MODULE, Item, VerifierPool
+from megatron_reheat.rewards.pool import Item, VerifierPool
 from megatron_reheat.rewards.sandbox import adopt_orphans
+from megatron_reheat.rewards.worker_process import WORKER_MODULE
 from scripts.faults.attacks import ATTACKS, WITHIN_MEMORY
 from scripts.faults.hostile_kinds import CHAIN_SUM, COUNTDOWN, KINDS, MATH, cases
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,6 +159,20 @@ def test_seeds_decide_the_samples_and_nothing_else_does(tied):
     assert flat(tied.engine.generate(prompts, SAMPLED, n=3, seed=8)) != first
     assert flat(tied.engine.generate(prompts[:1], SAMPLED, n=3, seed=7)) == first[:3]  # whatever shares the batch
     assert len({tuple(tokens) for tokens in first[:6]}) == 6  # equal prompts do not share streams
+
+
+def test_samples_that_are_handed_over_one_by_one_are_the_same_to_the_bit(tied):
+    prompts = [[3 + i % 5, 4, 5 + i // 5] for i in range(20)]
+    params = SamplingParams(temperature=1.0, max_tokens=48, stop_token_ids=(1, 2))  # of very different lengths
+    whole, taken = tied.engine.generate(prompts, params, n=6, seed=7), []
+    apart = tied.engine.generate(prompts, params, 6, 7, lambda *finished: taken.append(finished))
+    assert [(p, i) for p, i, _ in taken] != sorted((p, i) for p, i, _ in taken)  # as they were finished
+    assert sorted((p, i) for p, i, _ in taken) == [(p, i) for p in range(20) for i in range(6)]
+    assert all(apart[p][i] is completion for p, i, completion in taken)
+    for ours, theirs in zip(apart, whole, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.token_ids.tobytes() == b.token_ids.tobytes() and a.finish_reason == b.finish_reason
+            assert a.rollout_logprobs.tobytes() == b.rollout_logprobs.tobytes()
 
 
 def test_a_flattened_policy_gives_the_samples_of_a_hotter_one(tied):
@@ -363,11 +376,17 @@ def test_death_and_hang_are_noticed_and_a_restart_recovers(policies):
     policy.push()
     pid = engine._child.pid
     assert engine._child.alive and engine.policy_version == policy.version
-    killer = threading.Timer(0.3, os.kill, (pid, signal.SIGKILL))
-    killer.start()
+    finished = []
+
+    def kill(*position_and_completion):
+        finished.append(position_and_completion)
+        os.kill(pid, signal.SIGKILL)
+
+    # the first completion is here long before the last is sampled
+    params = SamplingParams(temperature=1.0, max_tokens=250, stop_token_ids=(1,))
     with pytest.raises(EngineDied, match=rf"engine process {pid} was killed by signal 9 during 'generate'.*engine.log"):
-        engine.generate([[3]] * 64, SamplingParams(temperature=1.0, max_tokens=250), n=64, seed=0)
-    killer.join()
+        engine.generate([[3]] * 64, params, 64, 0, kill)
+    assert 0 < len(finished) < 64 * 64
     assert not engine._child.alive and engine.policy_version is None
     drained = iter(policy.tensors())
     with pytest.raises(EngineDied):

@@ -154,7 +154,11 @@ def test_the_samples_are_the_embedded_engines(rig: Rig, tmp_path: Path) -> None:
         expected = engine.generate(PROMPTS, SAMPLED, n=3, seed=7)
     finally:
         engine.close()
-    for ours, theirs in zip(fleet.generate(PROMPTS, SAMPLED, n=3, seed=7), expected, strict=True):
+    taken: list[tuple[int, int]] = []
+    apart = fleet.generate(PROMPTS, SAMPLED, 3, 7, lambda prompt, sample, _: taken.append((prompt, sample)))
+    assert sorted(taken) == [(p, i) for p in range(len(PROMPTS)) for i in range(3)]
+    both = [fleet.generate(PROMPTS, SAMPLED, n=3, seed=7), apart]
+    for ours, theirs in [pair for found in both for pair in zip(found, expected, strict=True)]:
         assert [c.token_ids.tolist() for c in ours] == [c.token_ids.tolist() for c in theirs]
         for a, b in zip(ours, theirs, strict=True):
             assert np.abs(a.rollout_logprobs - b.rollout_logprobs).max() <= TOLERANCE

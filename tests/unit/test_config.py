@@ -507,6 +507,7 @@ def test_bad_overrides_are_refused(tmp_path: Path, override: str, message: str) 
             ["rollout.servers", "'gpu-7:8300' is not the URL"],
         ),
         (recipe(rollout={"overlap": True}, rl={"tis_cap": 2.0}), ["rollout.overlap needs rollout.mode=server"]),
+        (recipe(rl={"max_staleness": 1, "dynamic_sampling": False}), ["rl.max_staleness needs rl.dynamic_sampling"]),
         (
             recipe(rollout={"mode": "server", "servers": ["http://a:1", "http://a:1"]}),
             ["rollout.servers names a server twice"],

@@ -17,8 +17,9 @@ import pytest
 from megatron_reheat.config import RewardConfig
 from megatron_reheat.errors import ReheatError
 from megatron_reheat.rewards.math import last_boxed, verify_math
-from megatron_reheat.rewards.pool import VerifierPool, _worker_environment
+from megatron_reheat.rewards.pool import VerifierPool
 from megatron_reheat.rewards.reasoning_gym import verify_reasoning_gym
+from megatron_reheat.rewards.worker_process import worker_environment
 from megatron_reheat.types import Reward
 
 RIGHT = Reward(1.0, correct=True)
@@ -231,7 +232,7 @@ def test_the_trainer_side_imports_no_verifier() -> None:
 
 def test_workers_do_not_inherit_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "secret")
-    assert "secret" not in _worker_environment(confined=True).values()
+    assert "secret" not in worker_environment(confined=True).values()
 
 
 def test_of_a_math_response_the_box_counts_and_a_grader_that_raises_is_counted() -> None:
@@ -256,7 +257,9 @@ def test_of_a_math_response_the_box_counts_and_a_grader_that_raises_is_counted()
 
 def test_a_worker_killed_from_outside_costs_the_item_under_it(executing: VerifierPool) -> None:
     def kill_when_busy() -> None:
-        while not (busy := [worker for worker in executing._workers if 0 in worker.assigned]):
+        while not (
+            busy := [worker for worker in executing._workers if any(task.text == HANGS for task in worker.assigned)]
+        ):
             time.sleep(0.01)
         os.kill(busy[0].pid, signal.SIGKILL)
 
@@ -276,11 +279,11 @@ def test_workers_that_cannot_start_are_reported(monkeypatch: pytest.MonkeyPatch)
 ORPHANING_PARENT = """
 import os, pickle, psutil
 from megatron_reheat.config import RewardConfig
-from megatron_reheat.rewards import pool
+from megatron_reheat.rewards.worker_process import Task, Worker
 config = RewardConfig(kind="reasoning_gym", timeout_s=100.0)
-idle, stuck = (pool._Worker(config, "scripts.faults.executing_worker") for _ in range(2))
+idle, stuck = (Worker(config, "scripts.faults.executing_worker") for _ in range(2))
 assert idle.receive().startswith(b"ready") and stuck.receive().startswith(b"ready")
-stuck.send([0], [("while True: pass", pickle.dumps({"answer": 1}))], 0)
+stuck.send([Task("while True: pass", pickle.dumps({"answer": 1}), None)], 0)
 print(*(process.pid for process in psutil.Process().children(recursive=True)), flush=True)
 os._exit(9)
 """

@@ -19,7 +19,7 @@ from megatron_reheat.rollout.server.client import ServerInfo
 from megatron_reheat.rollout.server.fleet import ServerFleet
 from megatron_reheat.rollout.server.servers import Servers
 from megatron_reheat.rollout.server.weights import FRESH
-from megatron_reheat.types import SamplingParams
+from megatron_reheat.types import Completion, SamplingParams
 
 PROMPTS = [[3], [4], [5]]
 INFO = ServerInfo("0.32.0", "policy", 64, None, "processed_logprobs", "gloo", 1)
@@ -89,6 +89,19 @@ def test_a_server_without_the_weights_of_now_is_as_good_as_dead(start: Start, he
 def test_weights_that_are_not_ours_to_replace_end_the_run(start: Start, held: list[str]) -> None:
     with pytest.raises(WeightSyncError, match=r"holds weights \[.*\] instead of ours-7"):
         sample(start(held))
+
+
+def test_each_completion_is_handed_over_once_in_the_callers_thread(start: Start) -> None:
+    """A request of its own each, also where those of a server that has lost its weights go to the other."""
+    fleet, taken = start(["ours-6"], ["ours-7"]), []
+
+    def take(prompt: int, sample: int, completion: Completion) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        taken.append((prompt, sample, completion))
+
+    groups = fleet.generate(PROMPTS, SamplingParams(temperature=1.0, max_tokens=4), 2, 0, take)
+    assert sorted((p, i) for p, i, _ in taken) == [(p, i) for p in range(3) for i in range(2)]
+    assert all(groups[p][i] is completion for p, i, completion in taken)
 
 
 def test_one_that_accepts_and_never_answers_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

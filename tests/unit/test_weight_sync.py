@@ -132,17 +132,30 @@ def test_samples_survive_the_wire():
     request = SampleRequest.pack(prompts, params, n=2, seed=9)
     assert request.prompts() == [[3, 4], [5], [6, 7, 8]]
     reply = SampleReply(
+        places=np.array([3, 0, 1, 2], dtype=np.int32),
         token_ids=np.arange(7, dtype=np.int32),
         logprobs=-np.arange(7, dtype=np.float32),
         lengths=np.array([1, 2, 3, 1], dtype=np.int32),
         stopped=np.array([True, False, False, True]),
         policy_version=11,
     )
-    groups = reply.unpack(n=2, sampling_temperature=0.7)
-    assert [[c.token_ids.tolist() for c in g] for g in groups] == [[[0], [1, 2]], [[3, 4, 5], [6]]]
-    assert [[c.finish_reason for c in g] for g in groups] == [["stop", "length"], ["length", "stop"]]
-    assert groups[1][0].rollout_logprobs.tolist() == [-3.0, -4.0, -5.0]
-    assert {c.policy_version for g in groups for c in g} == {11}
+    places, completions = zip(*reply.unpack(sampling_temperature=0.7), strict=True)
+    assert places == (3, 0, 1, 2)
+    assert [c.token_ids.tolist() for c in completions] == [[0], [1, 2], [3, 4, 5], [6]]
+    assert [c.finish_reason for c in completions] == ["stop", "length", "length", "stop"]
+    assert completions[2].rollout_logprobs.tolist() == [-3.0, -4.0, -5.0]
+    assert {c.policy_version for c in completions} == {11}
+
+
+def test_completions_that_are_asked_for_apart_have_the_seeds_that_vllm_gives_them_together():
+    params, prompts = SamplingParams(temperature=1.0, max_tokens=5), [np.array([3], dtype=np.int32)] * 2
+    together, apart = (SampleRequest.pack(prompts, params, n=3, seed=9, apart=apart) for apart in (False, True))
+    assert (together.samples, apart.samples) == (3, 1)
+    # vLLM gives sample i of a request the request's seed + i
+    children = [together.seed_of(place) + i for place in (0, 3) for i in range(3)]
+    assert [apart.seed_of(place) for place in range(6)] == children and len(set(children)) == 6
+    greedy = SampleRequest.pack(prompts, SamplingParams(temperature=0.0, max_tokens=5), n=1, seed=9)
+    assert greedy.seed_of(0) is None
 
 
 def test_neighbouring_seeds_do_not_share_streams():

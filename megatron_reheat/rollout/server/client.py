@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
@@ -23,6 +24,7 @@ AUTHORIZATION = "Authorization"
 NOT_ALLOWED = (401, 403)
 STRANGER_WAIT_S = 1.5
 ANSWER_WAIT_S = 5.0
+OPEN_FILES = 1 << 16  # a connection is one; what is usual would not do for the requests of a large step
 
 
 @dataclass(frozen=True)
@@ -188,9 +190,13 @@ class ServerClient:
 
 
 class Network:
-    """An event loop in a thread of its own, with one session for all servers, which ask for `token`."""
+    """An event loop in a thread of its own, with one session for all servers, which ask for `token`.
+
+    `most_requests` is how many may be under way at a time: half of the files that this process may open.
+    """
 
     def __init__(self, token: str | None) -> None:
+        self.most_requests = _allowed_files() // 2
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-servers", daemon=True)
         self._thread.start()
@@ -222,6 +228,16 @@ class Network:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await self._session.close()
+
+
+def _allowed_files() -> int:
+    """Raised as far as this process may raise it itself, up to OPEN_FILES."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < enough:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+        soft = enough
+    return OPEN_FILES if soft == resource.RLIM_INFINITY else soft
 
 
 async def _open_session(token: str | None) -> aiohttp.ClientSession:

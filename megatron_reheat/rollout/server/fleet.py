@@ -11,7 +11,8 @@ import asyncio
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy as np
 from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import ConfigError, EngineDied, ReheatError, WeightSyncError
 from megatron_reheat.rollout.checks import check_params, check_prompts
-from megatron_reheat.rollout.rollout_engine import SyncReport
+from megatron_reheat.rollout.rollout_engine import OnFinished, SyncReport
 from megatron_reheat.rollout.server.client import ServerClient
 from megatron_reheat.rollout.server.sender import Named
 from megatron_reheat.rollout.server.servers import Servers
@@ -80,7 +81,12 @@ class ServerFleet:
         self._servers.restart()
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        n: int,
+        seed: int,
+        on_finished: OnFinished | None = None,
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`. What is sampled depends on the seed, not on the server a prompt goes to."""
         self.wait_ready()
@@ -91,10 +97,25 @@ class ServerFleet:
             raise WeightSyncError("the servers hold no complete weights; sync weights before sampling")
         check_params(params, n, self._vocab_size)
         context = min(info.max_model_len for info in self._servers.info.values())
-        request = SampleRequest.pack(check_prompts(prompts, context, self._vocab_size), params, n, seed)
+        checked = check_prompts(prompts, context, self._vocab_size)
+        request = SampleRequest.pack(checked, params, n, seed, apart=on_finished is not None)
         label = self._weights_label(version)
-        answers = self._servers.network.run(self._generate_all(_bodies(request), n, label))
-        return [_completions(answer, label, version, n, params.temperature) for answer in answers]
+        # through a queue, so that what is done with an answer is done in this thread and not in the network's
+        arrived: SimpleQueue[tuple[int, dict[str, Any]] | None] = SimpleQueue()
+        work = self._servers.network.start(self._generate_all(request, label, lambda *answer: arrived.put(answer)))
+        work.add_done_callback(lambda _: arrived.put(None))
+        sampled: dict[int, Completion] = {}
+        try:
+            while (answer := arrived.get()) is not None:
+                of_one = _completions(answer[1], label, version, request.samples, params.temperature)
+                for place, completion in enumerate(of_one, start=answer[0] * request.samples):
+                    sampled[place] = completion
+                    if on_finished is not None:
+                        on_finished(*divmod(place, n), completion)
+        finally:
+            work.cancel()  # of work that is done, nothing
+        work.result()
+        return [[sampled[p * n + i] for i in range(n)] for p in range(len(prompts))]
 
     def update_weights(self, tensors: Iterable[Named], version: int, verify: bool) -> SyncReport:
         assert self._weights is not None
@@ -140,9 +161,12 @@ class ServerFleet:
             return death
         return WeightSyncError(str(error))
 
-    async def _generate_all(self, bodies: Sequence[dict[str, Any]], n: int, label: str) -> list[dict[str, Any]]:
-        """The answer to each body; bodies of a server that fails, or has lost the weights `label`, go to the others."""
-        answers: list[Any] = [None] * len(bodies)
+    async def _generate_all(
+        self, request: SampleRequest, label: str, take: Callable[[int, dict[str, Any]], None]
+    ) -> None:
+        """Calls `take` with the number of each body and the answer to it. Bodies of a server that fails, or has lost the
+        weights `label`, go to the others."""
+        bodies = _bodies(request)
         waiting = deque(range(len(bodies)))
         dead = self._servers.dead
 
@@ -153,20 +177,20 @@ class ServerFleet:
                     answer = await client.post("inference/v1/generate", bodies[index])
                     if self._has_lost(answer, label):
                         raise lost_weights(client)
-                    answers[index] = answer
+                    take(index, answer)
                 except EngineDied as error:
                     waiting.appendleft(index)
                     dead[client.url] = error
 
-        slots = max(1, int(self._sequences_in_flight / n))
+        wanted = int(self._sequences_in_flight / request.samples)
         while waiting:
             alive = self._servers.alive
             if not alive:
                 raise EngineDied("; ".join(map(str, dead.values())))
+            slots = max(1, min(wanted, self._servers.network.most_requests // len(alive)))
             per_server = min(slots, -(-len(waiting) // len(alive)))
             # in turns, so that a few prompts spread over all servers
             await asyncio.gather(*(work(client) for _ in range(per_server) for client in alive))
-        return answers
 
     def _has_lost(self, answer: dict[str, Any], label: str) -> bool:
         """Whether the server that answered must be sent its weights again: those of another run are not ours to replace."""
@@ -185,9 +209,8 @@ def _bodies(request: SampleRequest) -> list[dict[str, Any]]:
         {
             "token_ids": prompt,
             "sampling_params": {
-                "n": request.n,
-                # vLLM gives sample i the seed + i, so prompts are n apart
-                "seed": None if request.temperature == 0 else request.base_seed + index * request.n,
+                "n": request.samples,
+                "seed": request.seed_of(place),
                 "temperature": request.temperature,
                 "top_p": request.top_p,
                 "max_tokens": request.max_tokens,
@@ -198,6 +221,7 @@ def _bodies(request: SampleRequest) -> list[dict[str, Any]]:
             },
         }
         for index, prompt in enumerate(request.prompts())
+        for place in range(index * request.n, (index + 1) * request.n, request.samples)
     ]
 
 

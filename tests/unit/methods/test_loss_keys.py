@@ -74,13 +74,17 @@ def test_the_kl_to_the_reference_is_in_every_methods_loss_or_refused(name: str) 
     torch.testing.assert_close(gradient(held, micro) - gradient(plain, micro), z.grad, rtol=1e-3, atol=2e-6)
 
 
+@pytest.mark.parametrize("key", ["overlap", "max_staleness"])
 @pytest.mark.parametrize("name", METHODS)
-def test_what_corrects_for_a_policy_of_a_step_before_is_told_in_one_go(name: str) -> None:
+def test_what_corrects_for_a_policy_of_a_step_before_is_told_in_one_go(name: str, key: str) -> None:
     """Or that nothing does: a key that a refusal asks for is not refused in its turn."""
 
     def told(tis_cap: float | None) -> str:
         try:
-            make_any(name, {"mode": "server", "overlap": True}, tis_cap=tis_cap)
+            if key == "overlap":
+                make_any(name, {"mode": "server", "overlap": True}, tis_cap=tis_cap)
+            else:
+                make_any(name, max_staleness=1, dynamic_sampling=True, tis_cap=tis_cap)
         except ConfigError as refusal:
             return str(refusal)
         return ""
@@ -88,8 +92,15 @@ def test_what_corrects_for_a_policy_of_a_step_before_is_told_in_one_go(name: str
     without, corrected = told(None), told(2.0)
     if name == "dppo":
         assert without == "" and corrected.endswith("leave rl.tis_cap empty")
+    elif key == "max_staleness" and name == "avspo":
+        assert without == corrected and without.endswith("set rl.dynamic_sampling=false")
+    elif key == "max_staleness" and name in ("oger", "s2l_po"):
+        assert without == corrected and without.endswith("in the step that samples them; set rl.max_staleness=0")
     elif name == "opefo":
-        assert without == corrected and "rollout.overlap samples a step ahead; set it to false" in without
+        remedy = (
+            "samples a step ahead; set it to false" if key == "overlap" else "what an older one sampled; set it to 0"
+        )
+        assert without == corrected and remedy in without
     else:
         assert corrected == "" and without.endswith("set rl.tis_cap (e.g. 2.0) to correct for it")
 
