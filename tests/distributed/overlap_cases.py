@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 
 from tests.distributed.cases import random_batch, running_engine, world_size
@@ -20,8 +21,9 @@ def both_ways(runs: list[tuple[Path, dict[str, Any]]]) -> list[dict[bool, dict[s
     return [{overlap: _updates(folder, overlap, **layout) for overlap in (False, True)} for folder, layout in runs]
 
 
-def both_ways_and_resumed(runs: list[tuple[Path, dict[str, Any]]], checkpoints: Path) -> tuple[Any, list[list[float]]]:
-    """Besides: losses after a checkpoint, of an engine without overlap that has one bucket, and of the one that saved it."""
+def both_ways_and_resumed(runs: list[tuple[Path, dict[str, Any]]], checkpoints: Path) -> tuple[Any, Any]:
+    """Besides, on two ranks: losses after a checkpoint, of an engine without overlap that has one bucket, and of the one that
+    saved it, whose snapshot puts its weights back."""
     from megatron_reheat.losses.reheat import sft_loss
     from megatron_reheat.model.checkpoint import load_checkpoint, save_checkpoint
 
@@ -29,11 +31,19 @@ def both_ways_and_resumed(runs: list[tuple[Path, dict[str, Any]]], checkpoints: 
         updates = (engine.update(random_batch(seed), sft_loss, lr=1e-2, weight_decay=0.01) for seed in seeds)
         return [update.metrics["sft/loss"] for update in updates]
 
-    layout: dict[str, Any] = {"data": world_size(), "dtype": "bfloat16"}
+    if world_size() != 2:
+        return both_ways(runs), None
+    layout: dict[str, Any] = {"data": 2, "dtype": "bfloat16"}
     with _cut(3000), running_engine(runs[0][0], overlap_grad_reduce=True, **layout) as engine:
         losses(engine, range(40, 43))
         saved = save_checkpoint(engine, checkpoints, 3, {}, keep=1)
+        before, weights = engine.snapshot(), [p.clone() for p in engine.module.parameters()]
         expected = losses(engine, range(43, 45))
+        engine.restore(before)
+        whole = engine.masters.whole(before).values()
+        for weight, restored, master in zip(weights, engine.module.parameters(), whole, strict=True):
+            assert torch.equal(restored, weight)
+            assert engine.topology.data_rank > 0 or torch.equal(master.to(weight), weight)
     with running_engine(runs[0][0], **layout) as engine:
         load_checkpoint(engine, saved)
         resumed = losses(engine, range(43, 45))

@@ -77,9 +77,8 @@ def test_every_bucket_is_on_its_way_when_the_backward_pass_ends(trained, world_s
             assert ways[True]["early"] == [[False] + 6 * [True]] * num_buckets, (run, rank)
 
 
-@pytest.mark.parametrize("world_size", RUNS)
-def test_a_checkpoint_is_resumed_with_other_buckets(trained, world_size):
-    resumed, expected = trained(world_size)[0][1]
+def test_a_checkpoint_is_resumed_with_other_buckets(trained):
+    resumed, expected = trained(2)[0][1]
     assert resumed[0] == expected[0]
     # the norm's rounding moves a bfloat16 weight here and there
     assert resumed[1] == pytest.approx(expected[1], rel=1e-5)
