@@ -26,7 +26,7 @@ class Backend:
         """What selective recomputation repeats: the parts of a layer that keep more than they cost.
 
         That is the MLP everywhere. Transformer Engine's attention keeps nothing of size; the local one keeps padded copies of
-        its inputs. Norms are no choice: Megatron repeats them with Transformer Engine only, as parts of a product.
+        its inputs. Norms are no choice: Megatron repeats them with Transformer Engine only, where they are part of products.
         """
         return ["mlp"] if self.attention == "transformer_engine" else ["mlp", "core_attn"]
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 
-from tests.distributed.cases import random_batch, running_engine
+from tests.distributed.cases import random_batch, running_engine, world_size
 
 
 def both_ways(runs: list[tuple[Path, dict[str, Any]]]) -> list[dict[bool, dict[str, Any]]]:
@@ -18,11 +21,53 @@ def both_ways(runs: list[tuple[Path, dict[str, Any]]]) -> list[dict[bool, dict[s
     return [{overlap: _updates(folder, overlap, **layout) for overlap in (False, True)} for folder, layout in runs]
 
 
+def both_ways_and_resumed(runs: list[tuple[Path, dict[str, Any]]], checkpoints: Path) -> tuple[Any, Any]:
+    """Besides, on two ranks: losses after a checkpoint, of an engine without overlap that has one bucket, and of the one that
+    saved it, whose snapshot puts its weights back."""
+    from megatron_reheat.losses.reheat import sft_loss
+    from megatron_reheat.model.checkpoint import load_checkpoint, save_checkpoint
+
+    def losses(engine: Any, seeds: range) -> list[float]:
+        updates = (engine.update(random_batch(seed), sft_loss, lr=1e-2, weight_decay=0.01) for seed in seeds)
+        return [update.metrics["sft/loss"] for update in updates]
+
+    if world_size() != 2:
+        return both_ways(runs), None
+    layout: dict[str, Any] = {"data": 2, "dtype": "bfloat16"}
+    with _cut(3000), running_engine(runs[0][0], overlap_grad_reduce=True, **layout) as engine:
+        losses(engine, range(40, 43))
+        saved = save_checkpoint(engine, checkpoints, 3, {}, keep=1)
+        before, weights = engine.snapshot(), [p.clone() for p in engine.module.parameters()]
+        expected = losses(engine, range(43, 45))
+        engine.restore(before)
+        whole = engine.masters.whole(before).values()
+        for weight, restored, master in zip(weights, engine.module.parameters(), whole, strict=True):
+            assert torch.equal(restored, weight)
+            assert engine.topology.data_rank > 0 or torch.equal(master.to(weight), weight)
+    with running_engine(runs[0][0], **layout) as engine:
+        load_checkpoint(engine, saved)
+        resumed = losses(engine, range(43, 45))
+    return both_ways(runs), [resumed, expected]
+
+
+@contextmanager
+def _cut(bucket: int | None) -> Iterator[None]:
+    """Gradients are cut into buckets of so many parameters."""
+    from megatron_reheat.model import engine
+
+    made = engine.ddp_config
+
+    def cut(*arguments: Any) -> Any:
+        return dataclasses.replace(made(*arguments), bucket_size=bucket)
+
+    with mock.patch.object(engine, "ddp_config", cut):
+        yield
+
+
 def _updates(folder: Path, overlap: bool, bucket: int | None = None, **layout: Any) -> dict[str, Any]:
     """Scored before and in the update, whole sequences, rejected, with a tapped layer, and where a rank has no sequence."""
     from megatron_reheat.losses.policy_gradient import policy_loss
     from megatron_reheat.losses.reheat import reheat_loss, sft_loss
-    from megatron_reheat.model import engine as module
     from megatron_reheat.types import TrainBatch
 
     grpo = partial(
@@ -41,15 +86,8 @@ def _updates(folder: Path, overlap: bool, bucket: int | None = None, **layout: A
         return value + (micro.readings["layer1"].js_to(vocab) * micro.loss_weights).sum(), sums
 
     taps: dict[str, Any] = {"taps": (1,)} if layout.get("fused_head", True) else {}
-    made = module.ddp_config
-
-    def cut(*arguments: Any) -> Any:
-        return dataclasses.replace(made(*arguments), bucket_size=bucket)
-
-    with (
-        mock.patch.object(module, "ddp_config", cut),
-        running_engine(folder, overlap_grad_reduce=overlap, microbatch_tokens=48, **layout) as engine,
-    ):
+    layout = {"overlap_grad_reduce": overlap, "microbatch_tokens": 48, **layout}
+    with _cut(bucket), running_engine(folder, **layout) as engine:
         early = _watch(engine)
         history = []
         for step, (loss, options) in enumerate(
