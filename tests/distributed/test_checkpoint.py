@@ -25,6 +25,7 @@ LAYOUTS = [
     {"pipeline": 2, **BF16},  # a tied embedding on both stages
     {"tensor": 2, **BF16},
 ]
+BACKGROUND = [LAYOUTS[2], *LAYOUTS[3:]]
 TRIP = [LAYOUTS[3], LAYOUTS[5], LAYOUTS[6]]
 
 
@@ -166,6 +167,32 @@ def test_a_rollback_restores_master_weights_and_weights_to_the_bit(rollbacks, in
 def test_checkpoints_of_every_layout_keep_the_bits_of_weights_moments_and_last_good_weights(rollbacks):
     for rank in rollbacks:
         assert rank["trip"] == {"absent": True, "whole_state": True, "last_good": True}
+
+
+@pytest.fixture(scope="module")
+def in_background(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("background")
+    return launch("saves_in_background", 2, root, folder=folder, layouts=BACKGROUND, checkpoints=root / "c")
+
+
+@pytest.mark.parametrize("index", range(len(BACKGROUND)), ids=lambda index: str(BACKGROUND[index]))
+def test_a_save_in_the_background_holds_the_step_at_which_it_began(in_background, index):
+    for rank in in_background:
+        result = rank[index]
+        assert result["restored"] == [(True, True, True)] * 2  # moved on meanwhile; and the state then, to the bit
+        assert result["meanwhile"] == (None, [".step-2.partial", "latest", "step-1"], 2)
+        assert result["complete"] == ["latest", "step-2"]
+    assert any(rank[index]["reused"] for rank in in_background)
+
+
+@pytest.mark.parametrize("index", range(len(BACKGROUND)), ids=lambda index: str(BACKGROUND[index]))
+def test_a_save_in_the_background_that_cannot_be_written_is_the_same_sentence_everywhere(in_background, index):
+    refusals = {rank[index]["refusal"] for rank in in_background}
+    ((message, on_every_rank),) = refusals
+    assert on_every_rank and message.startswith("cannot write ") and "\n" not in message
+    assert "File too large" in message or "a file could not be written in full" in message
+    for rank in in_background:
+        assert rank[index]["left"] == ["latest", "step-2"] and rank[index]["at_last"] == ["latest", "step-4"]
 
 
 @pytest.fixture(scope="module")
