@@ -23,6 +23,7 @@ def test_killed_while_a_save_is_in_flight_a_run_goes_on_from_the_one_before_to_t
     tree["sft"] |= {"steps": 2, "log_every": 1}
     tree |= {"eval": {}, "parallel": {"data": 1, "microbatch_tokens": 512}}
     tree["run"]["steps"] = 3
+    tree["checkpoint"] |= {"asynchronous": True}
     recipe = runs.write_recipe(tree, tmp_path / "recipe.yaml")
 
     folder = tmp_path / "run"
