@@ -120,6 +120,7 @@ class CheckpointSaver:
         if in_background:
             self._group = new_data_group(engine.topology, engine.config.parallel.timeout_s)
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._known: set[bool] = set()  # whether with last good weights: what was saved already
         self._save: _Save | None = None
         self._written: Future[_Written] | None = None
 
@@ -135,7 +136,7 @@ class CheckpointSaver:
             ReheatError: the folder cannot be written.
         """
         assert self._save is None
-        engine, copy = self._engine, HostCopy(self._buffers)
+        engine, copy, has_last_good = self._engine, HostCopy(self._buffers), last_good is not None
         with self._buffers.copying():
             with copy.planning():
                 sharded = sharded_state(engine, is_loading=False)
@@ -143,7 +144,8 @@ class CheckpointSaver:
         if last_good is not None:
             sharded["last_good"] = sharded_last_good(engine, engine.masters.whole(last_good))
             copy.copy(sharded["last_good"], is_fresh=True)
-        save = _Save(engine.topology, self._folder, contents, copy, sharded)
+        save = _Save(engine.topology, self._folder, contents, copy, sharded, has_last_good in self._known)
+        self._known.add(has_last_good)
         if self._thread is not None:
             self._written = self._thread.submit(save.write, self._group)
         self._save = save
@@ -191,9 +193,16 @@ class _Save:
     """
 
     def __init__(
-        self, topology: Topology, folder: Path, contents: Contents, copy: HostCopy, sharded: dict[str, Any]
+        self,
+        topology: Topology,
+        folder: Path,
+        contents: Contents,
+        copy: HostCopy,
+        sharded: dict[str, Any],
+        is_known: bool = False,
     ) -> None:
-        """Megatron's plan, with its collectives; nothing of the values is read. Every rank makes it together."""
+        """Megatron's plan, with its collectives; nothing of the values is read. Every rank makes it together. With `is_known`
+        the ranks do not tell each other which parts they write: the last save of the same parts found each written once."""
         self.contents = contents
         self._topology, self._copy, self._began = topology, copy, time.perf_counter()
         self._outcomes: list[Any] = []  # of this rank's files, for Megatron's list of tensors
@@ -207,7 +216,11 @@ class _Save:
             topology.barrier()
             with self._explaining():
                 self._request = dist_checkpointing.save(
-                    sharded, str(self._partial), async_sharded_save=True, **_own_strategy()
+                    sharded,
+                    str(self._partial),
+                    validate_access_integrity=not is_known,
+                    async_sharded_save=True,
+                    **_own_strategy(),
                 )
 
     def write(self, group: dist.ProcessGroup | None) -> _Written:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
@@ -81,12 +83,16 @@ class HostCopy:
 
     @contextmanager
     def planning(self) -> Iterator[None]:
-        """Inside, the distributed optimizer's state is copied, and not gathered."""
+        """Inside, the distributed optimizer's state is copied, and not gathered. Nor is garbage collected, for which Megatron
+        stops for half a second: what it means to free before it gathers again is not there."""
 
         def copy_shards(optimizer: DistributedOptimizer, **_: Any) -> dict[Any, Any] | None:
             return self._copy_shards(optimizer)
 
-        with mock.patch.object(DistributedOptimizer, "get_parameter_state_dp_zero", copy_shards):
+        with (
+            mock.patch.object(DistributedOptimizer, "get_parameter_state_dp_zero", copy_shards),
+            mock.patch.object(distrib_optimizer, "gc", SimpleNamespace(collect=lambda: 0)),
+        ):
             yield
 
     def copy(self, sharded: dict[str, Any], *, is_fresh: bool = False) -> None:
