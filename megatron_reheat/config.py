@@ -451,6 +451,11 @@ class CheckpointConfig(Section):
 
     every: int = Field(default=50, ge=0, description="steps; 0 saves only at the end")
     keep: int = Field(default=2, gt=0, description="most recent checkpoints that stay on disk")
+    asynchronous: bool = Field(
+        default=True,
+        description="write while training goes on, from a copy in host memory; complete between two steps, once every rank has "
+        "written. Off, training waits, and the memory is given back",
+    )
     borders: bool = Field(
         default=False,
         description="also write the policy before and after each round of reheating or flattening, as Hugging Face folders in "

@@ -1,9 +1,10 @@
 """What a checkpoint costs: seconds beside those of a step, and host memory of each rank, in bytes a parameter.
 
-    python -m scripts.bench_checkpoint [--ranks 2] [--layers 4] [--hidden 512] [--vocab 32768] [--tokens 2048]
+    python -m scripts.bench_checkpoint [--ranks 2] [--layers 4] [--hidden 512] [--vocab 32768] [--tokens 2048] [--rounds 5]
 
-Replicas with the distributed optimizer, float32 weights. Memory is the largest resident set while saving, and while loading,
-less that of just before.
+Replicas with the distributed optimizer, float32 weights. In each round come as many steps without a save as there were steps
+while one was written in the background, begin and border included; then a save that is waited for, and a load. Memory is the
+largest resident set meanwhile, less that of just before, in the first round: later ones find what the process kept.
 """
 
 from __future__ import annotations
@@ -13,33 +14,42 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from megatron_reheat.losses.reheat import sft_loss
-from megatron_reheat.model.checkpoint import install_checkpoint_fixes, load_checkpoint, save_checkpoint
+from megatron_reheat.model.checkpoint import install_checkpoint_fixes, load_checkpoint
+from megatron_reheat.model.checkpoint_save import CheckpointSaver, Contents, save_checkpoint
 from megatron_reheat.model.engine import Engine
 from megatron_reheat.parallel import topology
 from megatron_reheat.ports import free_port
 from megatron_reheat.recipe import parse_config
 from scripts.bench_engine import make_batch, make_model
 
-ROUNDS = 3
 
+@dataclass
+class Cost:
+    """Of one rank: seconds by kind, and bytes of memory."""
 
-class Cost(NamedTuple):
-    """Of one rank."""
+    seconds: defaultdict[str, list[float]] = field(default_factory=partial(defaultdict, list))
+    bytes: dict[str, int] = field(default_factory=dict)
 
-    step_s: float
-    save_s: float
-    load_s: float
-    save_bytes: float
-    load_bytes: float
+    @contextmanager
+    def of(self, kind: str, memory: bool = False) -> Iterator[None]:
+        """Adds what is done inside; of memory what is counted first."""
+        before, started = start_peak() if memory else 0, time.perf_counter()
+        yield
+        self.seconds[kind].append(time.perf_counter() - started)
+        if memory:
+            self.bytes.setdefault(kind, peak() - before)
 
 
 def main() -> None:
@@ -49,20 +59,29 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--tokens", type=int, default=2048, help="of the batch that a step trains on")
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     context, load = multiprocessing.get_context("spawn"), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder, context.Pool(options.ranks) as ranks:
         make_model(options, Path(folder) / "model")
         measured = ranks.map(partial(measure, options, Path(folder), free_port()), range(options.ranks), chunksize=1)
     table = Table(
-        title=f"{measured[0][0] / 1e6:.1f}M parameters, {options.ranks} replicas; load average {load:.1f} before"
+        title=f"{measured[0][0] / 1e6:.1f}M parameters, {options.ranks} replicas, {options.rounds} rounds; load average "
+        f"{load:.1f} before, {os.getloadavg()[0]:.1f} behind, {os.cpu_count()} cores"
     )
-    for column in ("rank", "step, s", "save, s", "load, s", "save, bytes/parameter", "load, bytes/parameter"):
-        table.add_column(column, justify="right")
+    columns = ("median, s", "longest, s", "times a step", "bytes/parameter")
+    for column in ("rank", "what", *columns):
+        table.add_column(column, justify="left" if column == "what" else "right")
     for rank, (parameters, cost) in enumerate(measured):
-        memory = (f"{value / parameters:.1f}" for value in (cost.save_bytes, cost.load_bytes))
-        table.add_row(str(rank), f"{cost.step_s:.2f}", f"{cost.save_s:.2f}", f"{cost.load_s:.2f}", *memory)
+        step = median(cost.seconds[STEP])
+        for kind, seconds in cost.seconds.items():
+            memory = f"{cost.bytes[kind] / parameters:.1f}" if kind in cost.bytes else ""
+            times = f"{median(seconds):.2f}", f"{max(seconds):.2f}", f"{median(seconds) / step:.2f}"
+            table.add_row(str(rank), kind, *times, memory)
     Console().print(table)
+
+
+STEP, SAVING = "a step", "a step while a save is written"
 
 
 def measure(options: argparse.Namespace, folder: Path, port: int, rank: int) -> tuple[int, Cost]:
@@ -83,21 +102,34 @@ def measure(options: argparse.Namespace, folder: Path, port: int, rank: int) -> 
     )
     engine = Engine(config, folder / "model", topology.initialize(config))
     install_checkpoint_fixes()
-    steps, saves, loads, saved, loaded = [], [], [], [], []
-    for step in range(ROUNDS):
-        started = time.perf_counter()
+    checkpoints, cost = folder / "checkpoints", Cost()
+    saver = CheckpointSaver(engine, checkpoints, in_background=True)
+
+    def update() -> None:
         engine.update(batch, sft_loss, lr=1e-4, weight_decay=0.0)
-        steps.append(time.perf_counter() - started)
-        before, started = start_peak(), time.perf_counter()
-        checkpoint = save_checkpoint(engine, folder / "checkpoints", step, {}, keep=1)
-        saves.append(time.perf_counter() - started)
-        saved.append(peak() - before)
-        before, started = start_peak(), time.perf_counter()
-        load_checkpoint(engine, checkpoint)
-        loads.append(time.perf_counter() - started)
-        loaded.append(peak() - before)
-    # of memory the first, later ones find what the process kept
-    return engine.num_parameters, Cost(median(steps), median(saves), median(loads), saved[0], loaded[0])
+
+    update()
+    for number in range(options.rounds):
+        saved, steps = None, 0
+        with cost.of("from a save's begin to its end", memory=True):
+            while saved is None:
+                with cost.of(SAVING):
+                    if not steps:
+                        with cost.of("its begin"):
+                            saver.begin(Contents(2 * number, {}, keep=1))
+                    update()
+                    with cost.of("its borders"):
+                        saved = saver.finish(wait=False)
+                steps += 1
+        cost.seconds["until it is written"].append(saved.write_s)
+        for _ in range(steps):
+            with cost.of(STEP):
+                update()
+        with cost.of("a save that is waited for", memory=True):
+            checkpoint = save_checkpoint(engine, checkpoints, 2 * number + 1, {}, keep=1)
+        with cost.of("a load", memory=True):
+            load_checkpoint(engine, checkpoint)
+    return engine.num_parameters, cost
 
 
 def start_peak() -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_reheat.model.checkpoint import _digest
+from megatron_reheat.model.checkpoint import digest
 
 
 class Payload:
@@ -82,5 +82,5 @@ def tamper(checkpoint: Path, payload: str, made: Path) -> None:
     PAYLOADS[payload](checkpoint, made)
     (checkpoint / "manifest.json").unlink()
     files = (path for path in checkpoint.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(checkpoint)): _digest(path) for path in files}
+    manifest = {str(path.relative_to(checkpoint)): digest(path) for path in files}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))

@@ -217,10 +217,11 @@ class Estimate(Memory):
         return touched / self.gpu.memory_bytes_s + volume / self._link(self.num_gpus) + latency
 
     def save_seconds(self) -> float:
-        """A checkpoint, weights and optimizer: written by all nodes at once, read again by the first for the digests."""
+        """A checkpoint, weights and optimizer, that is waited for: the first replica's nodes write it and read it again for the
+        digests."""
         size = self.model.num_parameters * (VALUE_BYTES[self.config.model.dtype] + self.optimizer_bytes)
-        nodes = math.ceil(self.num_gpus / NODE_GPUS)
-        return size * (1 + 1 / nodes) / self.gpu.constants.storage_bytes_s
+        nodes = math.ceil(self.config.parallel.tensor * self.config.parallel.pipeline / NODE_GPUS)
+        return 2 * size / nodes / self.gpu.constants.storage_bytes_s
 
     def sync_seconds(self) -> float:
         """Of one weight sync; see `sync_parts`."""

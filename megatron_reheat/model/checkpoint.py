@@ -1,4 +1,4 @@
-"""Checkpoints in Megatron's sharded format: written aside, fsynced, renamed; readable under another TP x PP x CP x DP layout.
+"""Checkpoints in Megatron's sharded format, and how they are read, under another TP x PP x CP x DP layout, too.
 
     checkpoints/step-120/        Megatron's shards (weights, optimizer; while reheating the last good weights, too), state.json
                                  (the stages' state), config.yaml and hf/ (`carried_files`: with them the folder can be
@@ -6,24 +6,21 @@
     checkpoints/latest           the name of the newest complete one
     checkpoints/best             the name of the one with the best evaluation (`checkpoint.keep_best`)
 
+`checkpoint_save` writes them.
 Training draws no random numbers outside seeds derived from (run seed, step), so no generator state needs to be kept.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import queue
-import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import xxhash
@@ -34,160 +31,22 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_reheat.checkpoint_folder import BEST, LATEST, fsync, point, remove_old_checkpoints, set_aside
+from megatron_reheat.checkpoint_folder import LATEST
 from megatron_reheat.checkpoint_folder import best_checkpoint as best_checkpoint
 from megatron_reheat.checkpoint_folder import latest_checkpoint as latest_checkpoint
 from megatron_reheat.checkpoint_folder import list_checkpoints as list_checkpoints
-from megatron_reheat.errors import ReheatError, cannot_write, writing
+from megatron_reheat.errors import ReheatError
 from megatron_reheat.model.carried_files import MODEL_FOLDER, is_carried
 from megatron_reheat.model.checkpoint_pickles import METADATA, explain, find_unsafe_pickle, no_code, read_metadata
 from megatron_reheat.model.chunks import ModelChunks
 from megatron_reheat.model.engine import Engine
 from megatron_reheat.model.master_weights import Snapshot
-from megatron_reheat.parallel.topology import Topology
 
 STATE = "state.json"
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 HASHING_THREADS = 8  # a checkpoint of tens of GB is read back as fast as its disk gives it
-_DIFFERS = f"{{}} is missing or damaged (its digest differs from {_MANIFEST})"
+_DIFFERS = f"{{}} is missing or damaged (its digest differs from {MANIFEST})"
 _LAST_GOOD = "optimizer.last_good"
-# what torch's writer says of a file that it could not write
-_OF_A_FILE = re.compile("inline_container|PytorchStreamWriter|iostream error")
-
-
-def save_checkpoint(
-    engine: Engine,
-    folder: Path,
-    step: int,
-    state: dict[str, Any],
-    *,
-    keep: int,
-    is_best: bool = False,
-    last_good: Snapshot | None = None,
-    carried: Mapping[str, bytes] | None = None,
-) -> Path:
-    """Writes `folder/step-<step>`, points `latest` at it and removes all but the newest `keep`, it and the best. A collective.
-
-    With `is_best`, `best` points at it too, and it stays until a later one is saved as that. `last_good` is kept for
-    `load_last_good`. The main rank's `carried` (`read_carried_files`) lie in it, too. A process killed at any moment leaves the
-    previous checkpoint and `latest` intact.
-    """
-    sharded = _sharded_state(engine, is_loading=False)
-    if last_good is not None:
-        sharded["last_good"] = _sharded_weights(engine, engine.masters.whole(last_good))
-    return _write(engine.topology, folder, step, sharded, state, carried or {}, keep, is_best)
-
-
-def save_weights(
-    module: ModelChunks, topology: Topology, folder: Path, state: dict[str, Any], carried: Mapping[str, bytes]
-) -> Path:
-    """Writes `folder/step-0` without an optimizer: a run that loads it starts with fresh moments. A collective."""
-    sharded = {"model": module.sharded_state_dict(metadata=_metadata())}
-    return _write(topology, folder, 0, sharded, state, carried, keep=1)
-
-
-def _write(
-    topology: Topology,
-    folder: Path,
-    step: int,
-    sharded: dict[str, Any],
-    state: dict[str, Any],
-    carried: Mapping[str, bytes],
-    keep: int,
-    is_best: bool = False,
-) -> Path:
-    """Each step is on disk before the next one begins, so that a loss of power leaves a whole checkpoint and names it:
-
-    1. `_write_aside` syncs every file, then the folder that names them; Megatron syncs its shards as it writes them.
-    2. The folder gets its name; that is on disk with the first pointer's, which syncs `folder`.
-    3. `point` syncs a pointer's file, replaces the old one by it and syncs `folder`.
-    4. Old checkpoints go, each under a name that is no checkpoint's first; whatever is left of one the next save clears.
-    """
-    target, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
-    try:
-        with writing(target):
-            _write_aside(topology, partial, sharded, state, carried)
-            if topology.is_main:
-                if target.exists():
-                    set_aside(target)
-                partial.rename(target)
-                if is_best:
-                    # first: `latest` must never name a state that knows of a best which `best` does not
-                    point(folder, BEST, target.name)
-                point(folder, LATEST, target.name)
-                remove_old_checkpoints(folder, keep)
-    except ReheatError:  # on whichever rank: the others may wait for this one, and end with it
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    topology.barrier()
-    return target
-
-
-def _write_aside(
-    topology: Topology, partial: Path, sharded: dict[str, Any], state: dict[str, Any], carried: Mapping[str, bytes]
-) -> None:
-    """Everything in `partial`, on disk."""
-    if topology.is_main:
-        for left in partial.parent.glob(".step-*.partial"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        partial.mkdir(parents=True)
-    topology.barrier()
-    logged = _LoggedErrors()
-    try:
-        with logged:
-            dist_checkpointing.save(sharded, str(partial))
-    except CheckpointException as error:
-        # the first rank knows what went wrong on each, the others that something did
-        reasons = [*logged.errors, *(reason for reason, _ in error.failures.values())]
-        failure = cannot_write(partial.parent, _reason(reasons[0]) if reasons else "another rank could not")
-        failure.on_every_rank = True
-        raise failure from None
-    except RuntimeError as error:
-        if not _OF_A_FILE.search(str(error)):
-            raise
-        raise cannot_write(partial.parent, _reason(error)) from None
-    topology.barrier()
-    if topology.is_main:
-        (partial / STATE).write_text(json.dumps(state, indent=1))
-        for name, content in carried.items():
-            (partial / name).parent.mkdir(exist_ok=True)
-            (partial / name).write_bytes(content)
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        with ThreadPoolExecutor(HASHING_THREADS) as threads:
-            digests = threads.map(_digest, files)
-            manifest = {p.relative_to(partial).as_posix(): digest for p, digest in zip(files, digests, strict=True)}
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in (*partial.rglob("*"), partial):
-            fsync(path)
-
-
-class _LoggedErrors(logging.Handler):
-    """A context manager that keeps what Megatron's writer logs as an error on this rank, in `errors`; in 0.19 the reason stands
-    there alone."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.errors: list[BaseException] = []
-        self._logger = logging.getLogger(filesystem_async.__name__)
-
-    def __enter__(self) -> Self:
-        self._logger.addHandler(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._logger.removeHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.errors.append(RuntimeError(record.getMessage()))
-
-
-def _reason(error: BaseException) -> str:
-    """What the operating system said, out of what Megatron's and torch's writers make of it."""
-    if found := re.search(r"\[Errno (\d+)\]", str(error)):
-        return os.strerror(int(found[1]))
-    if _OF_A_FILE.search(str(error)):
-        return f"a file could not be written in full, the disk may be full ({explain(error)})"
-    return explain(error)
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path) -> dict[str, Any]:
@@ -209,7 +68,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> dict[str, Any]:
         load_weights(engine.module, checkpoint)
         engine.optimizer.reload_model_params()
         return read_state(checkpoint)
-    loaded = _load(_sharded_state(engine, is_loading=True), checkpoint)
+    loaded = _load(sharded_state(engine, is_loading=True), checkpoint)
     engine.module.load_state_dict(loaded["model"])
     with torch.no_grad():  # Megatron copies float32 parameters in place into leaves that require grad
         engine.optimizer.load_state_dict(loaded["optimizer"])
@@ -224,13 +83,13 @@ def load_last_good(engine: Engine, checkpoint: Path) -> Snapshot | None:
     if not any(name.startswith(_LAST_GOOD) for name in names):
         return None
     empty = {name: torch.empty(p.shape) for name, p in engine.module.named_parameters()}
-    sharded = {"last_good": _sharded_weights(engine, empty)}
+    sharded = {"last_good": sharded_last_good(engine, empty)}
     return engine.masters.part(_load(sharded, checkpoint)["last_good"])
 
 
 def load_weights(module: ModelChunks, checkpoint: Path) -> None:
     """Fills an unwrapped model from a checkpoint, whose optimizer is not read. A collective."""
-    sharded = {"model": module.sharded_state_dict(metadata=_metadata())}
+    sharded = {"model": sharded_weights(module)}
     module.load_state_dict(_load(sharded, checkpoint)["model"])
 
 
@@ -265,7 +124,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ReheatError: it cannot be read, or is not what was saved.
     """
     path = checkpoint / STATE
-    state, manifest = _read_json(path), _read_json(checkpoint / _MANIFEST)
+    state, manifest = _read_json(path), _read_json(checkpoint / MANIFEST)
     problem = None if isinstance(state, dict) else f"{path} is missing or damaged"
     if isinstance(manifest, dict) and STATE in manifest and not _is_whole(path, manifest[STATE]):
         problem = _DIFFERS.format(path)
@@ -282,10 +141,10 @@ def _read_json(path: Path) -> Any:
         return None
 
 
-def _is_whole(path: Path, digest: Any) -> bool:
+def _is_whole(path: Path, known: Any) -> bool:
     """Only of files: a pipe would be waited for, a device read without end."""
     try:
-        return path.is_file() and _digest(path) == digest
+        return path.is_file() and digest(path) == known
     except OSError:
         return False
 
@@ -310,9 +169,9 @@ def carried_model(checkpoint: Path) -> Path | None:
 
 def _find_damage(checkpoint: Path, is_asked: Callable[[str], bool] | None = None) -> str | None:
     """With `is_asked`, only in the files of such names."""
-    manifest_path = checkpoint / _MANIFEST
+    manifest_path = checkpoint / MANIFEST
     if not os.path.lexists(manifest_path):
-        return f"{checkpoint} has no {_MANIFEST}: it is not a complete checkpoint"
+        return f"{checkpoint} has no {MANIFEST}: it is not a complete checkpoint"
     manifest = _read_json(manifest_path)
     if not isinstance(manifest, dict) or not {STATE, METADATA} <= manifest.keys():
         return f"{manifest_path} is damaged"
@@ -353,21 +212,27 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _sharded_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
-    metadata = _metadata()
+def sharded_weights(module: Any) -> dict[str, Any]:
+    """The model's parameters by name, as Megatron shards them."""
+    sharded: dict[str, Any] = module.sharded_state_dict(metadata=_metadata())
+    return sharded
+
+
+def sharded_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
+    """Model and optimizer, as Megatron shards them. A collective."""
     _ensure_optimizer_state(engine)
-    model = engine.module.sharded_state_dict(metadata=metadata)
-    optimizer = engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    model = sharded_weights(engine.module)
+    optimizer = engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata())
     if optimizer.get("param_state", model) is None:  # all of it is with the first replica
         del optimizer["param_state"]
     return {"model": model, "optimizer": optimizer}
 
 
-def _sharded_weights(engine: Engine, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+def sharded_last_good(engine: Engine, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Other float32 values of the model's parameters, sharded as these are; both by parameter name."""
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     sharded: dict[str, Any] = {}
-    for entry in nested_values(engine.module.sharded_state_dict(metadata=_metadata())):
+    for entry in nested_values(sharded_weights(engine.module)):
         if isinstance(entry, ShardedTensor | ShardedTensorFactory) and id(entry.data) in names:
             name = names[id(entry.data)]
             changes: dict[str, Any] = {"key": f"{_LAST_GOOD}.{entry.key}", "data": weights[name]}
@@ -403,38 +268,14 @@ def _unshare_steps(engine: Engine) -> None:
 
 
 def install_checkpoint_fixes() -> None:
-    """Four corrections to Megatron's checkpoint code; called before the first save or load, and safe to call again."""
-    # The results of the writing processes go through a multiprocessing manager, so that an asynchronous save could
-    # report from another process. That manager is one more interpreter per rank: it takes seconds to start and outlives
+    """Three corrections to Megatron's checkpoint code; called before the first save or load, and safe to call again."""
+    # The results of the writing processes go through a multiprocessing manager, so that a save could report from another
+    # process. That manager is one more interpreter per rank: it takes seconds to start and outlives
     # a killed rank, holding its terminal or pipe open. Our saves report to the very process that reads the results.
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
-    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
     _keep_optimizer_steps()
     _keep_bucket_padding()
-
-
-def _write_in_threads(
-    transforms: list[Any], use_msc: bool, rank: int, buckets: Sequence[Any], results: queue.Queue[Any]
-) -> None:
-    """Writes a rank's files, one thread each, in place of processes forked from the trainer.
-
-    A fork that is killed would be waited for without end; one that outlives a killed trainer would hold its pipes and its
-    memory; and each would copy whatever the trainer changes meanwhile.
-    """
-    written: queue.Queue[Any] = queue.Queue()
-    jobs: list[Future[None]] = []
-    with ThreadPoolExecutor(max(len(buckets), 1), thread_name_prefix="checkpoint") as threads:
-        for index, bucket in enumerate(buckets):
-            count: queue.Queue[Any] = queue.Queue()  # by which the forks told that they were done
-            count.put(index)
-            writer = partial(filesystem_async.FileSystemWriterAsync.write_preloaded_data, transforms, index, bucket)
-            jobs.append(threads.submit(writer, written, count, use_fsync=True, use_msc=use_msc))
-    for job in jobs:
-        job.result()  # what a file cannot take is among the outcomes; anything else is raised here
-    outcomes = dict(written.get_nowait() for _ in jobs)
-    errors = [outcome for outcome in outcomes.values() if isinstance(outcome, Exception)]
-    results.put(errors[0] if errors else outcomes)
 
 
 def _keep_optimizer_steps() -> None:
@@ -460,10 +301,10 @@ def _keep_optimizer_steps() -> None:
 
 
 def _keep_bucket_padding() -> None:
-    """Lets the distributed optimizer save a buffer of several buckets: with pipeline stages, a tied embedding has its own.
+    """Lets the distributed optimizer load a buffer of several buckets: with pipeline stages, a tied embedding has its own.
 
-    The state is gathered without the padding between buckets, but then cut into parameters at the places they have with it:
-    every parameter after a padding was saved as a piece of its neighbours.
+    The state that is to be filled comes without the padding between buckets, but is cut into parameters at the places they have
+    with it. What is saved has the padding (`HostCopy`).
     """
     original = DistributedOptimizer.get_parameter_state_dp_zero
     if hasattr(original, "keeps_padding"):
@@ -492,7 +333,8 @@ def _padded(values: torch.Tensor, buffer: Any) -> torch.Tensor:
     return padded
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """Of a file's content, as the manifest has it."""
     hasher = xxhash.xxh3_64()
     with path.open("rb") as file:
         while block := file.read(1 << 24):

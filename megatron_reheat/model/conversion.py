@@ -25,8 +25,9 @@ from transformers.utils.logging import disable_progress_bar
 from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.model.backend import choose_backend
-from megatron_reheat.model.checkpoint import install_checkpoint_fixes, load_weights, save_weights
+from megatron_reheat.model.checkpoint import install_checkpoint_fixes, load_weights
 from megatron_reheat.model.checkpoint_reader import CheckpointReader
+from megatron_reheat.model.checkpoint_save import save_weights
 from megatron_reheat.model.engine import FINAL_NORM
 from megatron_reheat.model.families import head_dim
 from megatron_reheat.model.hf_reader import HFReader

@@ -186,6 +186,18 @@ def current(device: torch.device) -> Topology:
     )
 
 
+def new_peer_group(topology: Topology, timeout_s: float) -> dist.ProcessGroup:
+    """A gloo group of the same ranks as `peer_group`, for a thread of its own: collectives of two threads must not meet in one
+    group. A collective of all ranks."""
+    mine = tuple(dist.get_process_group_ranks(topology.peer_group))
+    groups = [
+        (ranks, dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), backend="gloo"))
+        for ranks in sorted(set(topology.share_from_all(mine)))
+    ]
+    found: dist.ProcessGroup = next(group for ranks, group in groups if ranks == mine)
+    return found
+
+
 def is_lost_rank(error: RuntimeError) -> bool:
     """Whether this is how a collective, or the meeting before the first, fails for want of another rank.
 

@@ -6,8 +6,8 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from megatron_reheat.model.checkpoint import (
     install_checkpoint_fixes,
     load_checkpoint,
     load_last_good,
-    save_checkpoint,
 )
+from megatron_reheat.model.checkpoint_save import CheckpointSaver, Contents
 from megatron_reheat.model.engine import Engine
 from megatron_reheat.parallel import topology as parallel_topology
 from megatron_reheat.parallel.seats import engine_seats
@@ -202,8 +202,12 @@ class Run:
             self.borders = Borders(self.engine, self.folder, inputs.hf_folder, inputs.stop_token_ids)
         self._sampler = helpers.sampler
         self._references = references
+        self._saver = CheckpointSaver(
+            self.engine, self.folder.checkpoints, in_background=config.checkpoint.asynchronous
+        )
         self._saved_step = -1
         self._save_is_due = False
+        self._save_times: dict[str, float] = {}  # since the last step that was logged
         self._build_stages()
 
     def go(self) -> bool:
@@ -228,24 +232,38 @@ class Run:
                 if held_out := self.inputs.held_out.values():
                     announce(f"evaluating on {sum(map(len, held_out))} prompts before the first step")
                 self._log(0, "rlvr", self._evaluate())
-            while self.state.step < total and not self.controller.state.stopped:
-                if self._should_stop():
-                    return self._stop()
-                try:
-                    self._step()
-                except StepAbandoned:
-                    return self._stop()
-            self._save()
-            if self.state.skipped_in_row:
-                self.logger.log_event(f"the run ends with steps that are {self._not_saved()}", "red")
-            return True
+            return self._go_on_or_complete(total)
+
+    def _go_on_or_complete(self, total: int) -> bool:
+        """A checkpoint that is begun when a step fails would be lost."""
+        try:
+            return self._go_on(total)
+        except Exception as error:
+            # not a failure of this rank alone: it would wait for the others
+            if self.topology.world_size == 1 or (isinstance(error, ReheatError) and error.on_every_rank):
+                with suppress(ReheatError):
+                    self._finish_save(wait=True)
+            raise
+
+    def _go_on(self, total: int) -> bool:
+        while self.state.step < total and not self.controller.state.stopped:
+            if self._should_stop():
+                return self._stop()
+            try:
+                self._step()
+            except StepAbandoned:
+                return self._stop()
+        self._save(wait=True)
+        if self.state.skipped_in_row:
+            self.logger.log_event(f"the run ends with steps that are {self._not_saved()}", "red")
+        return True
 
     def _should_stop(self) -> bool:
         return self.topology.any(stop_requested())
 
     def _stop(self) -> bool:
         if self.state.step:  # else there is nothing yet that a fresh start would not make again
-            self._save()
+            self._save(wait=True)
         text = asked_to_stop(self.state.step)
         if self.state.skipped_in_row:
             text = f"asked to stop after steps that are {self._not_saved()}"
@@ -259,6 +277,7 @@ class Run:
     # -- one step --------------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
+        self._finish_save()
         step, config = self.state.step + 1, self.config
         stage = "sft" if step <= config.sft.steps else self.controller.state.stage
         round_, event, border = self.controller.state.round, None, False
@@ -359,6 +378,7 @@ class Run:
         Raises:
             NonFiniteLossError: there is none, or the run went back too often.
         """
+        self._finish_save(wait=True)
         skipped, optimizer = self.state.skipped_in_row, self.config.optimizer
         # not into the warm start, whose steps are over
         since = self.config.sft.steps if step > self.config.sft.steps else 0
@@ -443,10 +463,16 @@ class Run:
             names = ", ".join(place.name for place in places)
             self.logger.log_event(f"going on from step {self.state.step}; later checkpoints are set aside as {names}")
 
-    def _save(self, is_best: bool = False) -> None:
+    def _save(self, is_best: bool = False, *, wait: bool = False) -> None:
+        """Begins to save this step, once the save before is complete; with `wait` it is on disk behind it."""
         # weights from which no step is finite must not take the place of those from which one was
         if self._saved_step == self.state.step or self.state.skipped_in_row:
+            self._finish_save(wait=wait)
             return
+        self._finish_save()
+        if self._saver.step is not None:
+            self.logger.log_event(f"step {self.state.step} waits to be saved until step {self._saver.step} is", "dim")
+            self._finish_save(wait=True)
         self.state.policy_version = self.policy.version
         self.state.controller = self.controller.state.to_json()
         self.state.cursor, self.state.kept_fraction = self.collector.cursor_state(), self.collector.kept_fraction
@@ -457,18 +483,31 @@ class Run:
         # of a run that goes on without it for a while, what it was stays on record
         self.state.reference = self.state.reference if self.reference is None else self.reference.digest
         self.logger.sync()
-        save_checkpoint(
-            self.engine,
-            self.folder.checkpoints,
-            self.state.step,
-            asdict(self.state),
-            keep=self.config.checkpoint.keep,
-            is_best=is_best,
-            last_good=self.reheat.last_good,
-            carried=self._carried,
+        contents = Contents(
+            self.state.step, asdict(self.state), self.config.checkpoint.keep, is_best, self._carried or {}
         )
+        with self._held_up():
+            self._saver.begin(contents, self.reheat.last_good)
         self._saved_step = self.state.step
         self._save_is_due = False
+        if wait or not self.config.checkpoint.asynchronous:
+            self._finish_save(wait=True)
+
+    def _finish_save(self, *, wait: bool = False) -> None:
+        """Completes the save that was begun if every rank has written it; with `wait` it is waited for."""
+        if self._saver.step is None:
+            return
+        with self._held_up():
+            saved = self._saver.finish(wait=wait)
+        if saved is not None:
+            self._save_times["time/save_write_s"] = saved.write_s
+
+    @contextmanager
+    def _held_up(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        spent = time.perf_counter() - started
+        self._save_times["time/save_s"] = self._save_times.get("time/save_s", 0.0) + spent
 
     # -- the rest --------------------------------------------------------------------------------------------------
 
@@ -494,6 +533,8 @@ class Run:
         if metrics:
             samplers = (self.policy, *self.frozen.values())
             metrics["rollout/engine_restarts"] = float(sum(s.engine_restarts for s in samplers))
+            metrics |= self._save_times
+            self._save_times.clear()
             self.logger.log_step(StepRecord(step, stage, round_, self.policy.version, metrics, event))
 
     def _announce_start(self, source: str) -> None:

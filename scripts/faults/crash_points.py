@@ -170,7 +170,7 @@ class Saves:
         self.before = read_tree(self.folder)
 
     def save(self, step: int) -> None:
-        from megatron_reheat.model.checkpoint import save_checkpoint
+        from megatron_reheat.model.checkpoint_save import save_checkpoint
 
         save_checkpoint(self._engine, self.folder, step, {"step": step}, keep=1, is_best=True, carried=CARRIED)
 

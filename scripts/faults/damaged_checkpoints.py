@@ -92,7 +92,8 @@ def make_run(bench: Bench, recipe: Path) -> None:
 
 def _save_twice(config: Config) -> None:
     from megatron_reheat.model.carried_files import read_carried_files
-    from megatron_reheat.model.checkpoint import install_checkpoint_fixes, save_checkpoint
+    from megatron_reheat.model.checkpoint import install_checkpoint_fixes
+    from megatron_reheat.model.checkpoint_save import save_checkpoint
     from megatron_reheat.model.engine import Engine
     from megatron_reheat.parallel import topology as parallel_topology
     from megatron_reheat.run_logger import RunLogger, StepRecord

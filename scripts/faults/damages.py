@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_reheat.model.carried_files import MODEL_FOLDER
-from megatron_reheat.model.checkpoint import _digest
+from megatron_reheat.model.checkpoint import digest
 from tests.hostile_checkpoints import PAYLOADS, tamper
 
 NEWEST, OTHER = "step-4", "step-2"
@@ -254,7 +254,7 @@ def _sealed(change: Callable[[Path], None]) -> Callable[[Path, Path], None]:
 def seal(checkpoint: Path) -> None:
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     files = (path for path in checkpoint.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(checkpoint)): _digest(path) for path in files}
+    manifest = {str(path.relative_to(checkpoint)): digest(path) for path in files}
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 

@@ -197,7 +197,13 @@ def _name(process: psutil.Process) -> str | None:
     return None
 
 
-PARTS = {"save_checkpoint": "save", "evaluate": "evaluation", "publish": "weight sync", "update": "update"}
+PARTS = {
+    "_save": "save",
+    "_finish_save": "save",
+    "evaluate": "evaluation",
+    "publish": "weight sync",
+    "update": "update",
+}
 PARTS |= {"score": "scoring", **dict.fromkeys(("sample", "collect", "grade"), "rollout")}
 
 

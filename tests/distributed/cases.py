@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date, timedelta
@@ -12,6 +14,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -307,7 +310,8 @@ def checkpoint_round_trip(
     """Two steps, save, two more; then load under each layout and take the same two steps. In the same job, what the ranks make
     of `recipe` when each starts a day after the one before it."""
     from megatron_reheat.losses.reheat import sft_loss
-    from megatron_reheat.model.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+    from megatron_reheat.model.checkpoint import latest_checkpoint, load_checkpoint
+    from megatron_reheat.model.checkpoint_save import save_checkpoint
 
     def two_steps(engine: Any) -> list[float]:
         batch = random_batch(seed=5)
@@ -347,7 +351,7 @@ def checkpoint_round_trip(
 def _save_where_files_stay_small(engine: Any, checkpoints: Path) -> tuple[str, list[str]]:
     """What a save says whose files the operating system refuses to let grow, and what it leaves."""
     from megatron_reheat.errors import ReheatError
-    from megatron_reheat.model.checkpoint import save_checkpoint
+    from megatron_reheat.model.checkpoint_save import save_checkpoint
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
@@ -519,7 +523,8 @@ def _bits(values: Tensor) -> Tensor:
 
 def _trip(folder: Path, checkpoints: Path, trip: list[dict[str, Any]]) -> dict[str, Any]:
     from megatron_reheat.losses.reheat import sft_loss
-    from megatron_reheat.model.checkpoint import load_checkpoint, load_last_good, save_checkpoint
+    from megatron_reheat.model.checkpoint import load_checkpoint, load_last_good
+    from megatron_reheat.model.checkpoint_save import save_checkpoint
 
     batch = random_batch(seed=7)
     with running_engine(folder, **trip[0]) as engine:
@@ -542,6 +547,74 @@ def _trip(folder: Path, checkpoints: Path, trip: list[dict[str, Any]]) -> dict[s
             engine.restore(last_good)
             return {"absent": absent, "whole_state": returned, "last_good": _equal(_state(engine), start)}
     raise AssertionError("the trip has no way back")
+
+
+def saves_in_background(folder: Path, checkpoints: Path, layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Under each of `layouts`: what a save holds that is written only after two more updates, what lies in the folder
+    meanwhile, and what becomes of one that cannot be written."""
+    return [_save_behind_updates(folder, checkpoints / str(n), layout) for n, layout in enumerate(layouts)]
+
+
+def _save_behind_updates(folder: Path, checkpoints: Path, layout: dict[str, Any]) -> dict[str, Any]:
+    from megatron_reheat.errors import ReheatError
+    from megatron_reheat.losses.reheat import sft_loss
+    from megatron_reheat.model.checkpoint import load_checkpoint, load_last_good
+    from megatron_reheat.model.checkpoint_save import CheckpointSaver, Contents
+    from megatron_reheat.model.host_copy import HostCopy
+
+    batch, gather, may_write = random_batch(seed=8), HostCopy.gather, threading.Event()
+
+    def gather_later(copy: HostCopy, group: Any) -> None:
+        assert may_write.wait(timeout=300)
+        gather(copy, group)
+
+    def names() -> list[str]:
+        return sorted(path.name for path in checkpoints.iterdir())
+
+    with running_engine(folder, **layout) as engine, mock.patch.object(HostCopy, "gather", gather_later):
+        saver = CheckpointSaver(engine, checkpoints, in_background=True)
+        restored, memory = [], []
+        for step in (1, 2):
+            may_write.clear()
+            before = engine.snapshot()
+            engine.update(batch, sft_loss, lr=1e-3, weight_decay=0.1)
+            saved = {**_state(engine), **_moments(engine)}
+            saver.begin(Contents(step, {"step": step}, keep=1), before)
+            memory.append([buffer.data_ptr() for buffer in saver._buffers._buffers])
+            for _ in range(2):
+                engine.update(batch, sft_loss, lr=1e-2, weight_decay=0.1)
+            meanwhile = saver.finish(wait=False), names(), saver.step
+            engine.topology.barrier()
+            may_write.set()
+            path = saver.finish(wait=True).path
+            moved = not _equal(_state(engine), {name: saved[name] for name in _state(engine)})
+            load_checkpoint(engine, path)
+            same = _equal({**_state(engine), **_moments(engine)}, saved)
+            restored.append((moved, same, _equal(load_last_good(engine, path), before)))
+        complete = names()
+        may_write.clear()
+        saver.begin(Contents(3, {"step": 3}, keep=1))
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))
+        may_write.set()
+        refusal, borders = None, 0
+        try:
+            while borders < 3000 and saver.finish(wait=False) is None:
+                borders += 1
+                time.sleep(0.02)
+        except ReheatError as error:
+            refusal = str(error), error.on_every_rank
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        engine.topology.barrier()
+        left = names()
+        engine.topology.barrier()
+        saver.begin(Contents(4, {"step": 4}, keep=1))
+        saver.finish(wait=True)
+        return {
+            "restored": restored, "reused": memory[0] == memory[1] and bool(memory[0]), "meanwhile": meanwhile,
+            "complete": complete, "refusal": refusal, "left": left, "at_last": names(),
+        }  # fmt: skip
 
 
 def sequence_losses(folder: Path, layouts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -829,7 +902,8 @@ def converted_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def _train_from_converted(run: dict[str, Any]) -> bool:
     from megatron_reheat.losses.reheat import sft_loss
     from megatron_reheat.model.carried_files import read_carried_files
-    from megatron_reheat.model.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+    from megatron_reheat.model.checkpoint import latest_checkpoint, load_checkpoint
+    from megatron_reheat.model.checkpoint_save import save_checkpoint
     from megatron_reheat.run_folder import RunFolder
 
     folder = RunFolder(run["run"])

@@ -29,6 +29,7 @@ LAYOUTS = [
     {**INTERLEAVED, "distributed_optimizer": False, **BF16},
     {"context": 2, **BF16},
 ]
+BACKGROUND = [LAYOUTS[2], *LAYOUTS[3:]]
 TRIP = [LAYOUTS[3], LAYOUTS[5], LAYOUTS[7], LAYOUTS[6], LAYOUTS[7]]
 # on four ranks: the optimizer's parts of several chunks, each of which is split over replicas
 WIDE = [{**INTERLEAVED, "data": 2, **BF16}, {"data": 4, **BF16}, {"tensor": 2, "data": 2, **BF16}]
@@ -180,6 +181,32 @@ def test_model_chunks_that_are_split_over_replicas_roll_back_and_come_back_to_th
         (update,) = rank["updates"]
         assert update["unchanged"] and update["restored"] and update["repeats"] and update["beyond_bfloat16"]
         assert rank["trip"] == {"absent": True, "whole_state": True, "last_good": True}
+
+
+@pytest.fixture(scope="module")
+def in_background(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("background")
+    return launch("saves_in_background", 2, root, folder=folder, layouts=BACKGROUND, checkpoints=root / "c")
+
+
+@pytest.mark.parametrize("index", range(len(BACKGROUND)), ids=lambda index: str(BACKGROUND[index]))
+def test_a_save_in_the_background_holds_the_step_at_which_it_began(in_background, index):
+    for rank in in_background:
+        result = rank[index]
+        assert result["restored"] == [(True, True, True)] * 2  # moved on meanwhile; and the state then, to the bit
+        assert result["meanwhile"] == (None, [".step-2.partial", "latest", "step-1"], 2)
+        assert result["complete"] == ["latest", "step-2"]
+    assert any(rank[index]["reused"] for rank in in_background)
+
+
+@pytest.mark.parametrize("index", range(len(BACKGROUND)), ids=lambda index: str(BACKGROUND[index]))
+def test_a_save_in_the_background_that_cannot_be_written_is_the_same_sentence_everywhere(in_background, index):
+    refusals = {rank[index]["refusal"] for rank in in_background}
+    ((message, on_every_rank),) = refusals
+    assert on_every_rank and message.startswith("cannot write ") and "\n" not in message
+    assert "File too large" in message or "a file could not be written in full" in message
+    for rank in in_background:
+        assert rank[index]["left"] == ["latest", "step-2"] and rank[index]["at_last"] == ["latest", "step-4"]
 
 
 @pytest.fixture(scope="module")

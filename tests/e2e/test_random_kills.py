@@ -48,7 +48,11 @@ def test_killed_three_times_a_run_comes_to_the_same_end() -> None:
             "stages/run:_train stages/run:go stages/run:_step stages/reheat:step model/engine:update",
             "reheating: update",
         ),
-        ("stages/run:_train stages/run:go stages/run:_step stages/run:_save model/checkpoint:save_checkpoint", "save"),
+        ("stages/run:_train stages/run:go stages/run:_step stages/run:_save model/checkpoint_save:begin", "save"),
+        (
+            "stages/run:_train stages/run:go stages/run:_step stages/run:_finish_save model/checkpoint_save:finish",
+            "save",
+        ),
     ],
 )
 def test_what_a_run_was_doing_is_told_by_its_calls(calls: str, phase: str) -> None:

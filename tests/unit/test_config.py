@@ -80,7 +80,10 @@ def test_a_config_error_is_both_ours_and_a_value_error() -> None:
             recipe(eval={"data": {"path": "p", "max_prompt_token": 9}}),
             "eval.data.max_prompt_token: unknown key; did you mean 'max_prompt_tokens'?",
         ),
-        (recipe(checkpoint={"zzz": 1}), "checkpoint.zzz: unknown key; known keys: every, keep, borders, keep_best"),
+        (
+            recipe(checkpoint={"zzz": 1}),
+            "checkpoint.zzz: unknown key; known keys: every, keep, asynchronous, borders, keep_best",
+        ),
     ],
 )
 def test_unknown_keys_come_with_a_suggestion(tree: dict[str, Any], message: str) -> None:

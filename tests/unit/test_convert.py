@@ -22,7 +22,7 @@ from megatron_reheat.commands.convert import _engine_gap, as_hf_folder, from_hf,
 from megatron_reheat.errors import ConfigError, ReheatError
 from megatron_reheat.model.card_usage import renamed, usage
 from megatron_reheat.model.carried_files import read_carried_files
-from megatron_reheat.model.checkpoint import _digest, verify_checkpoint
+from megatron_reheat.model.checkpoint import digest, verify_checkpoint
 from megatron_reheat.model.checkpoint_reader import CheckpointReader
 from megatron_reheat.model.conversion import Reference, compare_with_transformers
 from megatron_reheat.model.hf_reader import HFReader
@@ -104,7 +104,7 @@ def save_run(run, hf_path, tensors):
 def seal(checkpoint):
     (checkpoint / "manifest.json").unlink(missing_ok=True)
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
-    manifest = {str(path.relative_to(checkpoint)): _digest(path) for path in files}
+    manifest = {str(path.relative_to(checkpoint)): digest(path) for path in files}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 

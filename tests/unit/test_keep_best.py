@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
+import queue
 from datetime import date
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from torch.distributed.checkpoint import CheckpointException
 
-from megatron_reheat.checkpoint_folder import set_newer_aside
+from megatron_reheat.checkpoint_folder import remove_old_checkpoints, set_newer_aside
 from megatron_reheat.errors import NonFiniteLossError, ReheatError
 from megatron_reheat.model.checkpoint import (
-    _write,
     best_checkpoint,
     latest_checkpoint,
     list_checkpoints,
     read_state,
-    remove_old_checkpoints,
 )
+from megatron_reheat.model.checkpoint_save import Contents, Saved, _Save
 from megatron_reheat.recipe import parse_config
 from megatron_reheat.run_folder import RunFolder
 from megatron_reheat.stages.controller import Controller, Verdict
@@ -187,7 +185,10 @@ class ScriptedRun(Run):
             }
         )
         self.folder, self.state, self.said = RunFolder(folder), RunState(), []
-        self._saved_step, self._save_is_due = -1, False
+        self.logged: list[dict[str, float]] = []
+        self.frozen: dict[str, Any] = {}
+        self._saved_step, self._save_is_due, self._save_times = -1, False, {}
+        self._saver: Any = ScriptedSaver(self.folder.checkpoints)
         self.inputs: Any = SimpleNamespace(
             source=fork, forked=fork is not None, today=date(2026, 1, 1), held_out={}, decode=str
         )
@@ -198,7 +199,7 @@ class ScriptedRun(Run):
             surplus=SimpleNamespace(state=list),
             state=dict,
             log_event=lambda text, style="": self.said.append(text),
-            log_step=lambda record: None,
+            log_step=lambda record: self.logged.append(dict(record.metrics)),
             write_rollouts=lambda *_: None,
             sync=lambda: None,
             engine_restarts=0,
@@ -208,6 +209,8 @@ class ScriptedRun(Run):
             is_main=True,
             barrier=lambda: None,
             share_from_all=lambda mine: [mine],
+            world_size=1,
+            any=bool,
         )
         self.engine = self.policy = self.collector = self.sft_cursor = self.reheat = self.logger = parts
         self.topology = self.method = parts
@@ -219,22 +222,38 @@ class ScriptedRun(Run):
 
     def _scripted(self, at: At) -> tuple[StepOutcome, Verdict]:
         finite = self._script[at.step - 1] == "+"
-        return StepOutcome({}, (), None, applied=finite, finite=finite), Verdict.CONTINUE
+        return StepOutcome({"a/b": 1.0}, (), None, applied=finite, finite=finite), Verdict.CONTINUE
 
     def _load(self, checkpoint: Path) -> RunState:
         self.loaded.append(checkpoint.name)
         return read_run_state(checkpoint)
 
 
-@pytest.fixture
-def saves(monkeypatch: pytest.MonkeyPatch) -> None:
-    def save(_: Any, folder: Path, step: int, state: dict[str, Any], *, keep: int, **others: Any) -> None:
-        (folder / f"step-{step}").mkdir(parents=True)
-        (folder / f"step-{step}" / "state.json").write_text(json.dumps(state))
-        (folder / "latest").write_text(f"step-{step}")
-        remove_old_checkpoints(folder, keep)
+class ScriptedSaver:
+    """Writes the state and rotates as ever; a checkpoint is complete at the second time that is asked for it, or later."""
 
-    monkeypatch.setattr("megatron_reheat.stages.run.save_checkpoint", save)
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.contents, self.borders, self.takes = folder, None, 0, 2
+
+    @property
+    def step(self) -> int | None:
+        return None if self.contents is None else self.contents.step
+
+    def begin(self, contents: Contents, last_good: None) -> None:
+        assert self.contents is None
+        self.contents, self.borders = contents, 0
+
+    def finish(self, *, wait: bool) -> Saved | None:
+        self.borders += 1
+        if self.contents is None or (not wait and self.borders < self.takes):
+            return None
+        contents, self.contents = self.contents, None
+        path = self.folder / f"step-{contents.step}"
+        path.mkdir(parents=True)
+        (path / "state.json").write_text(json.dumps(contents.state))
+        (self.folder / "latest").write_text(path.name)
+        remove_old_checkpoints(self.folder, contents.keep)
+        return Saved(path, 2.5)
 
 
 def saved_steps(folder: Path) -> list[str]:
@@ -251,13 +270,11 @@ def saved_steps(folder: Path) -> list[str]:
         ("---", []),
     ],
 )
-def test_nothing_is_saved_or_pruned_while_steps_are_skipped(
-    script: str, saved: list[str], tmp_path: Path, saves: None
-) -> None:
+def test_nothing_is_saved_or_pruned_while_steps_are_skipped(script: str, saved: list[str], tmp_path: Path) -> None:
     run = ScriptedRun(tmp_path, script, limit=9)
     for _ in script:
         run._step()
-    run._save()
+    run._save(wait=True)
     assert saved_steps(tmp_path) == saved
     assert not any(read_state(path)["skipped_in_row"] for path in list_checkpoints(tmp_path / "checkpoints"))
     if script.endswith("-"):
@@ -280,12 +297,15 @@ def test_nothing_is_saved_or_pruned_while_steps_are_skipped(
         ("++++++----+----++", ["step-4", "step-10"], ["step-15", "step-16"]),
     ],
 )
+@pytest.mark.parametrize("takes", [1, 99], ids=lambda takes: f"saved after {takes}")
 def test_a_run_goes_back_to_what_gave_finite_steps_and_on_with_other_prompts(
-    script: str, loaded: list[str], saved: list[str], tmp_path: Path, saves: None
+    takes: int, script: str, loaded: list[str], saved: list[str], tmp_path: Path
 ) -> None:
     run = ScriptedRun(tmp_path, script, rollbacks=2)
+    run._saver.takes = takes
     for _ in script:
         run._step()
+    run._finish_save(wait=True)
     assert run.loaded == loaded
     assert run.state.rollbacks == len(loaded) == run.policy.version  # new weights, a new version
     assert run.state.step == len(script) and run.state.skipped_in_row == 0
@@ -294,7 +314,53 @@ def test_a_run_goes_back_to_what_gave_finite_steps_and_on_with_other_prompts(
     assert len(told) == len(loaded) and all(f"(rollback {i} of 2)" in text for i, text in enumerate(told, 1))
 
 
-def test_a_run_that_went_back_too_often_ends_and_names_what_is_good(tmp_path: Path, saves: None) -> None:
+def test_a_checkpoint_is_complete_between_two_steps_and_the_next_one_waits_for_it(tmp_path: Path) -> None:
+    run = ScriptedRun(tmp_path, "+++++")
+    saved = []
+    for _ in range(5):
+        run._step()
+        saved.append(saved_steps(tmp_path))
+    assert saved == [[], [], [], ["step-2"], ["step-2"]]  # at the border behind step 3, and there are two in step 4
+    written = [line.get("time/save_write_s") for line in run.logged]
+    assert written == [None, None, None, 2.5, None] and run._save_times == {}
+    assert [line.get("time/save_s", 0.0) > 0 for line in run.logged] == [False, False, True, True, True]
+    run._saver.takes = 9
+    run._save(wait=True)
+    assert saved_steps(tmp_path) == ["step-4", "step-5"]
+    assert [text for text in run.said if "waits" in text] == ["step 5 waits to be saved until step 4 is"]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_save_that_is_not_asynchronous_is_complete_at_once(asynchronous: bool, tmp_path: Path) -> None:
+    run = ScriptedRun(tmp_path, "++")
+    run.config = run.config.model_copy(
+        update={"checkpoint": run.config.checkpoint.model_copy(update={"asynchronous": asynchronous})}
+    )
+    run._step()
+    run._step()
+    assert saved_steps(tmp_path) == ([] if asynchronous else ["step-2"])
+
+
+@pytest.mark.parametrize(("ranks", "everywhere", "saved"), [(1, False, True), (2, True, True), (2, False, False)])
+def test_a_run_that_fails_completes_what_is_begun_where_all_ranks_know_of_it(
+    ranks: int, everywhere: bool, saved: bool, tmp_path: Path
+) -> None:
+    run, failure = ScriptedRun(tmp_path, "++++"), ReheatError("lost")
+    failure.on_every_rank = everywhere
+    run.topology.world_size = ranks
+
+    def fail(at: At) -> Any:
+        raise failure
+
+    run._step()
+    run._step()
+    run.stages["rlvr"].step = fail
+    with pytest.raises(ReheatError, match=r"^lost$"):
+        run._go_on_or_complete(4)
+    assert saved_steps(tmp_path) == (["step-2"] if saved else [])
+
+
+def test_a_run_that_went_back_too_often_ends_and_names_what_is_good(tmp_path: Path) -> None:
     run = ScriptedRun(tmp_path, "++++----+----+----", rollbacks=2)
     message = until_it_ends(run)
     assert run.loaded == ["step-2", "step-8"] and run.state.step == 17
@@ -303,7 +369,7 @@ def test_a_run_that_went_back_too_often_ends_and_names_what_is_good(tmp_path: Pa
     assert f"one of before is {folder / 'step-13'} (to go on" in message
 
 
-def test_rl_does_not_go_back_into_the_warm_start(tmp_path: Path, saves: None) -> None:
+def test_rl_does_not_go_back_into_the_warm_start(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     for step in (2, 4, 6):
         (folder / f"step-{step}").mkdir(parents=True)
@@ -313,7 +379,7 @@ def test_rl_does_not_go_back_into_the_warm_start(tmp_path: Path, saves: None) ->
     assert proven_checkpoint(folder, 6, since=5) is None
 
 
-def test_without_a_checkpoint_that_gave_a_finite_step_there_is_no_going_back(tmp_path: Path, saves: None) -> None:
+def test_without_a_checkpoint_that_gave_a_finite_step_there_is_no_going_back(tmp_path: Path) -> None:
     run = ScriptedRun(tmp_path, "++----", rollbacks=2)
     assert "the latest good checkpoint is" in until_it_ends(run) and run.loaded == []
 
@@ -325,7 +391,7 @@ def until_it_ends(run: ScriptedRun) -> str:
     return str(failure.value)
 
 
-def test_the_error_names_a_checkpoint_of_a_finite_step(tmp_path: Path, saves: None) -> None:
+def test_the_error_names_a_checkpoint_of_a_finite_step(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     message = until_it_ends(ScriptedRun(tmp_path, "+++----", keep=1))
     assert message.startswith("loss or gradient was not finite for 4 steps in a row (optimizer.max_skipped_steps 3); ")
@@ -333,7 +399,7 @@ def test_the_error_names_a_checkpoint_of_a_finite_step(tmp_path: Path, saves: No
     assert saved_steps(tmp_path) == ["step-2"]
 
 
-def test_the_error_tells_when_no_step_from_the_newest_checkpoint_was_finite(tmp_path: Path, saves: None) -> None:
+def test_the_error_tells_when_no_step_from_the_newest_checkpoint_was_finite(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     message = until_it_ends(ScriptedRun(tmp_path, "++++----"))
     assert (
@@ -343,7 +409,7 @@ def test_the_error_tells_when_no_step_from_the_newest_checkpoint_was_finite(tmp_
     )
 
 
-def test_the_error_passes_over_what_an_earlier_version_saved_in_between(tmp_path: Path, saves: None) -> None:
+def test_the_error_passes_over_what_an_earlier_version_saved_in_between(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "checkpoints", [6, 8, 10], latest="step-10")
     for step, skipped in ((8, 1), (10, 3)):
         (folder / f"step-{step}" / "state.json").write_text(json.dumps({"skipped_in_row": skipped}))
@@ -370,35 +436,43 @@ def refuse(*_: Any, **__: Any) -> None:
     raise FULL
 
 
-def in_a_writer(*_: Any) -> None:
-    """As Megatron reports it: its writing processes hand over text, torch gathers that of all ranks."""
-    raise CheckpointException("write", {0: (RuntimeError(f"Worker failure: Local process 1: {FULL}"), None)})
-
-
-def in_a_writer_of_0_19(*_: Any) -> None:
-    """The reason is logged, what is raised names a type."""
-    logging.getLogger(filesystem_async.__name__).error("Local worker 0 encountered an error: %s", FULL)
-    said = "Worker failure: An error is caught while starting worker 0, error: <class 'OSError'>"
-    raise CheckpointException("write", {0: (RuntimeError(said), None)})
-
-
-def in_another_ranks_writer(*_: Any) -> None:
-    raise CheckpointException("write", {})
-
-
-def in_torch(*_: Any) -> None:
+def in_torch(*_: Any, **__: Any) -> None:
     raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nframe #0")
+
+
+def plan_one_file(_: Any, folder: str, **__: Any) -> Any:
+    """What Megatron gives back where a rank has one empty file to write."""
+    bucket = (f"{folder}/part.distcp", "part.distcp", ([], []))
+    return SimpleNamespace(async_fn=partial(print, []), async_fn_args=[0, [bucket], queue.Queue()], finalize_fns=[])
+
+
+def share_alone(mine: Any, error: str | None) -> list[Any]:
+    if error is not None:
+        raise ReheatError(error)
+    return [mine]
+
+
+def save_alone(folder: Path) -> None:
+    """Step 3, by one rank, of nothing but the file of `plan_one_file`."""
+    topology: Any = SimpleNamespace(is_main=True, barrier=lambda: None, share_from_all=share_alone)
+    copied: Any = SimpleNamespace(gather=lambda group: None, forget=lambda: None)
+    save = _Save(topology, folder, Contents(3, {"step": 3}, keep=1), copied, {})
+    save.finish(save.write(None))
 
 
 @pytest.mark.parametrize(
     ("place", "refusal", "reason"),
     [
-        ("megatron_reheat.model.checkpoint.dist_checkpointing.save", refuse, "No space left on device"),
-        ("megatron_reheat.model.checkpoint.dist_checkpointing.save", in_a_writer, "No space left on device"),
-        ("megatron_reheat.model.checkpoint.dist_checkpointing.save", in_a_writer_of_0_19, "No space left on device"),
-        ("megatron_reheat.model.checkpoint.dist_checkpointing.save", in_another_ranks_writer, "another rank could not"),
-        ("megatron_reheat.model.checkpoint.dist_checkpointing.save", in_torch, "a file could not be written in full"),
-        ("megatron_reheat.model.checkpoint.fsync", refuse, "No space left on device"),
+        ("megatron_reheat.model.checkpoint_save.dist_checkpointing.save", refuse, "No space left on device"),
+        (
+            "megatron_reheat.model.checkpoint_save.dist_checkpointing.save",
+            in_torch,
+            "a file could not be written in full",
+        ),
+        ("os.fsync", refuse, "No space left on device"),  # in the writer of a file
+        ("os.fsync", in_torch, "a file could not be written in full"),
+        ("megatron_reheat.model.checkpoint_save.digest", refuse, "No space left on device"),
+        ("megatron_reheat.model.checkpoint_save.fsync", refuse, "No space left on device"),
         ("pathlib.Path.write_text", refuse, "No space left on device"),
         ("pathlib.Path.mkdir", refuse, "No space left on device"),
         ("pathlib.Path.rename", refuse, "No space left on device"),
@@ -408,39 +482,33 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_checkpoint(
     place: str, refusal: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = folder_with(tmp_path / "checkpoints", [1, 2], latest="step-2", best="step-1")
-    topology: Any = SimpleNamespace(is_main=True, barrier=lambda: None)
-    monkeypatch.setattr(
-        "megatron_reheat.model.checkpoint.dist_checkpointing.save",
-        lambda _, partial: (Path(partial) / "part.distcp").write_bytes(b"x"),
-    )
+    monkeypatch.setattr("megatron_reheat.model.checkpoint_save.dist_checkpointing.save", plan_one_file)
     with monkeypatch.context() as full, pytest.raises(ReheatError) as failure:
         full.setattr(place, refusal)
-        _write(topology, folder, 3, {}, {"step": 3}, {}, keep=1)
+        save_alone(folder)
     message = str(failure.value)
     assert message.startswith(f"cannot write {folder}") and reason in message and "\n" not in message
     assert message.endswith("what was saved before is whole, and the same command goes on from it")
     assert names(folder) == {"latest", "best", "step-1", "step-2"} and latest_checkpoint(folder) == folder / "step-2"
-    _write(topology, folder, 3, {}, {"step": 3}, {}, keep=1)  # there is room again
+    save_alone(folder)  # there is room again
     assert names(folder) == {"latest", "best", "step-1", "step-3"} and latest_checkpoint(folder) == folder / "step-3"
 
 
 def test_what_torch_says_of_a_small_file_on_a_full_disk_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("basic_ios::clear: iostream error")
 
-    monkeypatch.setattr("megatron_reheat.model.checkpoint.dist_checkpointing.save", fail)
-    topology: Any = SimpleNamespace(is_main=True, barrier=lambda: None)
+    monkeypatch.setattr("megatron_reheat.model.checkpoint_save.dist_checkpointing.save", fail)
     with pytest.raises(ReheatError, match=r"a file could not be written in full, the disk may be full"):
-        _write(topology, tmp_path, 3, {}, {}, {}, keep=1)
+        save_alone(tmp_path)
 
 
 def test_another_fault_of_a_save_is_not_called_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr("megatron_reheat.model.checkpoint.dist_checkpointing.save", fail)
-    topology: Any = SimpleNamespace(is_main=True, barrier=lambda: None)
+    monkeypatch.setattr("megatron_reheat.model.checkpoint_save.dist_checkpointing.save", fail)
     with pytest.raises(RuntimeError, match=r"^Connection closed by peer$"):
-        _write(topology, tmp_path, 3, {}, {}, {}, keep=1)
+        save_alone(tmp_path)
