@@ -25,7 +25,8 @@ def both_ways_and_resumed(runs: list[tuple[Path, dict[str, Any]]], checkpoints: 
     """Besides, on two ranks: losses after a checkpoint, of an engine without overlap that has one bucket, and of the one that
     saved it, whose snapshot puts its weights back."""
     from megatron_reheat.losses.reheat import sft_loss
-    from megatron_reheat.model.checkpoint import load_checkpoint, save_checkpoint
+    from megatron_reheat.model.checkpoint import load_checkpoint
+    from megatron_reheat.model.checkpoint_save import save_checkpoint
 
     def losses(engine: Any, seeds: range) -> list[float]:
         updates = (engine.update(random_batch(seed), sft_loss, lr=1e-2, weight_decay=0.01) for seed in seeds)
