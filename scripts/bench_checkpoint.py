@@ -71,14 +71,14 @@ def main() -> None:
     )
     columns = ("median, s", "longest, s", "times a step", "bytes/parameter")
     for column in ("rank", "what", *columns):
-        table.add_column(column, justify="left" if column == "what" else "right")
+        table.add_column(column, justify="left" if column == "what" else "right", no_wrap=True)
     for rank, (parameters, cost) in enumerate(measured):
         step = median(cost.seconds[STEP])
         for kind, seconds in cost.seconds.items():
             memory = f"{cost.bytes[kind] / parameters:.1f}" if kind in cost.bytes else ""
             times = f"{median(seconds):.2f}", f"{max(seconds):.2f}", f"{median(seconds) / step:.2f}"
             table.add_row(str(rank), kind, *times, memory)
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 STEP, SAVING = "a step", "a step while a save is written"
@@ -108,8 +108,8 @@ def measure(options: argparse.Namespace, folder: Path, port: int, rank: int) -> 
     def update() -> None:
         engine.update(batch, sft_loss, lr=1e-4, weight_decay=0.0)
 
-    update()
     for number in range(options.rounds):
+        update()  # the first one behind a load takes its memory anew
         saved, steps = None, 0
         with cost.of("from a save's begin to its end", memory=True):
             while saved is None:
