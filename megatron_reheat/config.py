@@ -31,6 +31,7 @@ from megatron_reheat.config_fields import (
     Options,
     PathText,
     Section,
+    Switch,
     Temperature,
     Url,
     absolute_file,
@@ -99,7 +100,7 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = Field(
         default=True, description="split optimizer state and master weights over the replicas"
     )
-    overlap_grad_reduce: bool | Literal["auto"] = Field(
+    overlap_grad_reduce: Switch = Field(
         default="auto",
         description="sum gradients over the replicas while the backward pass still makes others; auto: on GPUs",
     )
@@ -164,10 +165,10 @@ class RewardConfig(Section):
     timeout_s: float = Field(
         default=10.0, gt=0, le=MAX_WAIT_S, description="of one answer, seconds; one that takes longer counts as wrong"
     )
-    while_sampling: bool = Field(
-        default=True,
+    while_sampling: Switch = Field(
+        default="auto",
         description="grade each response as soon as it is sampled, beside the engine, where one that runs out of time has its "
-        "time again after the last; false: all of them after the last",
+        "time again after the last; false: all of them after the last; auto: beside engines on GPUs",
     )
     correct: float = Field(default=1.0, ge=-MAX_REWARD, le=MAX_REWARD, description="reward of a right answer")
     incorrect: float = Field(default=0.0, ge=-MAX_REWARD, le=MAX_REWARD, description="reward of a wrong one")
@@ -451,10 +452,10 @@ class CheckpointConfig(Section):
 
     every: int = Field(default=50, ge=0, description="steps; 0 saves only at the end")
     keep: int = Field(default=2, gt=0, description="most recent checkpoints that stay on disk")
-    asynchronous: bool = Field(
-        default=True,
+    asynchronous: Switch = Field(
+        default="auto",
         description="write while training goes on, from a copy in host memory; complete between two steps, once every rank has "
-        "written. Off, training waits, and the memory is given back",
+        "written. false: training waits, and the memory is given back; auto: on GPUs",
     )
     borders: bool = Field(
         default=False,

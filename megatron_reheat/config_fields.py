@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -169,6 +169,7 @@ def weighted_functions(functions: Any) -> Any:
 
 # `null` is an empty mapping, which is how a recipe takes back what its base put there
 NO_NULL = BeforeValidator(lambda mapping: {} if mapping is None else mapping)
+Switch = bool | Literal["auto"]  # auto: on GPUs; a CPU's cores are busy with what they would have to do beside
 Options = Annotated[dict[str, Any], NO_NULL]  # a mapping that is passed on
 
 

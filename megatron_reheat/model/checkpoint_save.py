@@ -113,7 +113,7 @@ class CheckpointSaver:
     """
 
     def __init__(self, engine: Engine, folder: Path, *, in_background: bool) -> None:
-        self._engine, self._folder = engine, folder
+        self._engine, self._folder, self.in_background = engine, folder, in_background
         self._buffers = HostBuffers(engine.topology.device)
         self._group: dist.ProcessGroup | None = None
         self._thread: ThreadPoolExecutor | None = None

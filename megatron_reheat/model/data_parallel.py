@@ -16,7 +16,7 @@ inputs of one size, and micro-batches of packed sequences differ in length.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
@@ -26,21 +26,12 @@ from megatron_reheat.config import Config
 from megatron_reheat.parallel.topology import Topology
 
 
-def overlaps_grad_reduce(setting: bool | Literal["auto"], *, on_gpu: bool, replicas: int) -> bool:
-    """Whether gradients are summed during the backward pass. On a CPU, where both want the same cores, only if asked for."""
-    return replicas > 1 and (on_gpu if setting == "auto" else setting)
-
-
 def ddp_config(config: Config, topology: Topology) -> DistributedDataParallelConfig:
     """Megatron's configuration of the wrapper; gradients of bfloat16 weights are summed in float32."""
     return DistributedDataParallelConfig(
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         grad_reduce_in_fp32=config.model.dtype == "bfloat16",
-        overlap_grad_reduce=overlaps_grad_reduce(
-            config.parallel.overlap_grad_reduce,
-            on_gpu=topology.device.type == "cuda",
-            replicas=topology.num_replicas,
-        ),
+        overlap_grad_reduce=topology.num_replicas > 1 and topology.is_on(config.parallel.overlap_grad_reduce),
     )
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_reheat.config import Config
+from megatron_reheat.config_fields import Switch
 from megatron_reheat.errors import ReheatError
 from megatron_reheat.parallel import cpu
 from megatron_reheat.parallel.kernel_order import order_kernels
@@ -52,6 +53,10 @@ class Topology:
     context_group: dist.ProcessGroup
     peer_group: dist.ProcessGroup
     replica_group: dist.ProcessGroup
+
+    def is_on(self, setting: Switch) -> bool:
+        """Of what is for GPUs where the recipe does not say."""
+        return self.device.type == "cuda" if setting == "auto" else setting
 
     @property
     def is_main(self) -> bool:

@@ -107,7 +107,7 @@ class VerifierPool:
         self.restarts = 0
         self.errors = 0
         self.last_error = ""
-        self.while_sampling = config.while_sampling
+        self.while_sampling = bool(config.while_sampling)
         self._config = config
         self._worker_module = worker_module
         self._workers: list[Worker] = []

@@ -129,7 +129,9 @@ class Helpers:
             RunFolder(config.run.path).make_folders()
         self.sampler = start_sampler(config, topology, inputs, head_start)
         self.frozen = {name: start_frozen(name, config, topology, inputs, head_start) for name in inputs.frozen}
-        self.verifiers = VerifierPool(config.reward) if leads else None
+        while_sampling = topology.is_on(config.reward.while_sampling)
+        reward = config.reward.model_copy(update={"while_sampling": while_sampling})
+        self.verifiers = VerifierPool(reward) if leads else None
         self._own_functions = config.reward.kind == "function"
 
     def check_references(self, inputs: Inputs) -> ReferenceCheck | None:
@@ -202,9 +204,8 @@ class Run:
             self.borders = Borders(self.engine, self.folder, inputs.hf_folder, inputs.stop_token_ids)
         self._sampler = helpers.sampler
         self._references = references
-        self._saver = CheckpointSaver(
-            self.engine, self.folder.checkpoints, in_background=config.checkpoint.asynchronous
-        )
+        in_background = topology.is_on(config.checkpoint.asynchronous)
+        self._saver = CheckpointSaver(self.engine, self.folder.checkpoints, in_background=in_background)
         self._saved_step = -1
         self._save_is_due = False
         self._save_times: dict[str, float] = {}  # since the last step that was logged
@@ -490,7 +491,7 @@ class Run:
             self._saver.begin(contents, self.reheat.last_good)
         self._saved_step = self.state.step
         self._save_is_due = False
-        if wait or not self.config.checkpoint.asynchronous:
+        if wait or not self._saver.in_background:
             self._finish_save(wait=True)
 
     def _finish_save(self, *, wait: bool = False) -> None:

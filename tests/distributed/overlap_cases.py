@@ -38,11 +38,12 @@ def both_ways_and_resumed(runs: list[tuple[Path, dict[str, Any]]], checkpoints: 
     with _cut(3000), running_engine(runs[0][0], overlap_grad_reduce=True, **layout) as engine:
         losses(engine, range(40, 43))
         saved = save_checkpoint(engine, checkpoints, 3, {}, keep=1)
-        before, weights = engine.snapshot(), [p.clone() for p in engine.module.parameters()]
+        before, weights = engine.snapshot(), [p.clone() for _, p in engine.module.named_parameters()]
         expected = losses(engine, range(43, 45))
         engine.restore(before)
         whole = engine.masters.whole(before).values()
-        for weight, restored, master in zip(weights, engine.module.parameters(), whole, strict=True):
+        parameters = [p for _, p in engine.module.named_parameters()]
+        for weight, restored, master in zip(weights, parameters, whole, strict=True):
             assert torch.equal(restored, weight)
             assert engine.topology.data_rank > 0 or torch.equal(master.to(weight), weight)
     with running_engine(runs[0][0], **layout) as engine:

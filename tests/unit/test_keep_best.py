@@ -234,6 +234,7 @@ class ScriptedSaver:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.contents, self.borders, self.takes = folder, None, 0, 2
+        self.in_background = True
 
     @property
     def step(self) -> int | None:
@@ -333,9 +334,7 @@ def test_a_checkpoint_is_complete_between_two_steps_and_the_next_one_waits_for_i
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_save_that_is_not_asynchronous_is_complete_at_once(asynchronous: bool, tmp_path: Path) -> None:
     run = ScriptedRun(tmp_path, "++")
-    run.config = run.config.model_copy(
-        update={"checkpoint": run.config.checkpoint.model_copy(update={"asynchronous": asynchronous})}
-    )
+    run._saver.in_background = asynchronous
     run._step()
     run._step()
     assert saved_steps(tmp_path) == ([] if asynchronous else ["step-2"])
