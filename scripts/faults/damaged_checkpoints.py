@@ -133,7 +133,7 @@ def _move(engine: Any) -> None:
     import torch
 
     with torch.no_grad():
-        for parameter in engine.module.parameters():
+        for _, parameter in engine.module.named_parameters():
             parameter.add_(0.01)
     engine.optimizer.reload_model_params()
 
