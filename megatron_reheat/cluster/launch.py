@@ -182,10 +182,8 @@ def _launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    for name in (
-        "torch.distributed.elastic",
-        "torch.multiprocessing",
-    ):  # what they say of a failed rank is said here, once
+    # what they say of a failed rank is said here, once
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ[_LAUNCHER_PID] = str(os.getpid())
