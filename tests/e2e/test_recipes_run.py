@@ -174,7 +174,8 @@ def test_the_4b_recipe_on_two_replicas_in_its_arm_with_the_reverse_divergence(ro
 
 
 def test_the_base_recipe_on_two_tensor_ranks_in_sequence_parallel(root):
-    path = shrunk("ts_opsd.yaml", root, "tensor", rl={**SIZES["rl"], "minibatch_prompts": 4})
+    parallel = {**SIZES["parallel"], "tensor": 2, "sequence_parallel": True}
+    path = shrunk("ts_opsd.yaml", root, "tensor", parallel=parallel, rl={**SIZES["rl"], "minibatch_prompts": 4})
     config, steps = load_config(path), train(path)
     assert stages_of(steps) == STAGES
     check_what_every_recipe_does(config, steps, parallel={"sequence_parallel": True, "tensor": 2})
