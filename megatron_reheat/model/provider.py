@@ -165,7 +165,7 @@ def read_hf_config(folder: Path) -> Any:
         raise ConfigError(
             f"model.hf_path: {path} is not a JSON object with a model_type; copy or download the model again"
         ) from None
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         later = "".join(f" ({plan})" for word, plan in PLANNED.items() if word in str(model_type))
         raise ConfigError(
             f"model.hf_path: {path}: model_type {model_type!r} is not supported{later}; use one of {', '.join(FAMILIES)}"

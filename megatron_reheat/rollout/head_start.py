@@ -87,8 +87,10 @@ def has_gpus() -> bool:
 
 
 def _is_finished(config: Config) -> bool:
-    saved = RunFolder(config.run.path).saved_step
-    return saved is not None and saved >= config.total_steps
+    with suppress(OSError):  # a folder that cannot be read is refused by the run itself
+        saved = RunFolder(config.run.path).saved_step
+        return saved is not None and saved >= config.total_steps
+    return False
 
 
 def _expected_variables(config: Config, local_ranks: int | None = None) -> dict[str, str]:
