@@ -320,6 +320,8 @@ def _launch(config: Config, world_size: int, parsed: argparse.Namespace) -> int:
             force = ["--force"] if parsed.force else []
             run = ["train", str(parsed.config), *parsed.overrides, *force]
         else:
+            # as torchrun has it: libraries start their threads when they are imported, and a fork has none of them
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
             _import_training()
             run = partial(_reporting_errors, partial(_run, config, world_size, fork_server))
         announce(f"starting {world_size} ranks")

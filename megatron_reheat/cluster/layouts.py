@@ -207,7 +207,9 @@ def recommend(
     best = choice[0]
     table = Table(title=f"{config.run.name} on {gpus} x {gpu}: {len(choice)} layouts fit, of {tried} tried")
     times = ("RL step, s", "rollout", "update", "reheating")
-    for column in ("TP x PP x CP x DP", "engines", "recompute", "tokens", "GiB", *times):
+    context = best.estimate.config.parallel.context  # of all of them
+    split = " x CP" if context > 1 else ""
+    for column in (f"TP x PP{split} x DP", "engines", "recompute", "tokens", "GiB", *times):
         table.add_column(column, justify="right")
     for layout in choice[:SHOWN]:
         e = layout.estimate
@@ -216,7 +218,7 @@ def recommend(
         seconds = (layout.step_s, layout.phases["rollout"], layout.phases["update"], sum(e.reheat_step().values()))
         recompute, microbatch = e.config.model.recompute, f"{p.microbatch_tokens:,}"
         pipeline = f"{p.pipeline}({p.virtual_pipeline})" if p.virtual_pipeline > 1 else p.pipeline
-        sizes = f"{p.tensor} x {pipeline} x {p.context} x {e.data_size}"
+        sizes = f"{p.tensor} x {pipeline}{f' x {context}' if split else ''} x {e.data_size}"
         row = (sizes, engines, recompute, microbatch, f"{layout.gib:.1f}")
         table.add_row(*map(str, row), *(f"{s:.3g}" for s in seconds))
     console.print(table)

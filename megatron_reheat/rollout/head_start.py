@@ -74,11 +74,13 @@ class HeadStart:
 
 
 def start_fork_server(config: Config, local_ranks: int) -> ForkServer | None:
-    """For the launcher of a machine's ranks, as early as possible. None where no rank will want an engine, and on GPUs, whose
-    engines differ in what their environment must say before vLLM is imported."""
+    """For the launcher of a machine's ranks, as early as possible. None where no rank will want an engine, on GPUs, whose
+    engines differ in what their environment must say before vLLM is imported, and where it cannot be started."""
     if has_gpus() or config.rollout.mode == "server" or _is_finished(config):
         return None
-    return ForkServer(_expected_variables(config, local_ranks))
+    with suppress(OSError):  # what is wrong is said where an engine is started
+        return ForkServer(_expected_variables(config, local_ranks))
+    return None
 
 
 def has_gpus() -> bool:

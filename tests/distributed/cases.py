@@ -33,6 +33,11 @@ from tests.reference import (
     relative_error,
 )
 
+# of `policy_loss`, with every term of it at work
+GRPO: dict[str, Any] = {
+    "sampling_temperature": 0.9, "clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tis_cap": 2.0, "entropy_coef": 0.01,
+}  # fmt: skip
+
 
 def vocab_parallel(num_tokens: int, vocab_sizes: Sequence[int]) -> dict[int, dict[str, Any]]:
     """Losses on sharded logits at TP = 1, 2 and 4 against the dense reference, in one job of four ranks, by vocabulary."""
@@ -259,15 +264,7 @@ def _train_five_steps(folder: Path, **layout: Any) -> dict[str, Any]:
     from megatron_reheat.losses.policy_gradient import policy_loss
     from megatron_reheat.losses.reheat import reheat_loss, sft_loss
 
-    grpo = partial(
-        policy_loss,
-        sampling_temperature=0.9,
-        clip_low=0.2,
-        clip_high=0.28,
-        dual_clip=3.0,
-        tis_cap=2.0,
-        entropy_coef=0.01,
-    )
+    grpo = partial(policy_loss, **GRPO)
     forward = partial(reheat_loss, teacher_temperature=1.2, direction="forward")
     reverse = partial(reheat_loss, teacher_temperature=1.5, direction="reverse")
     with running_engine(folder, **layout) as engine:

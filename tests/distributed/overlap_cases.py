@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from tests.distributed.cases import random_batch, running_engine, world_size
+from tests.distributed.cases import GRPO, random_batch, running_engine, world_size
 
 
 def both_ways(runs: list[tuple[Path, dict[str, Any]]]) -> list[dict[bool, dict[str, Any]]]:
@@ -72,15 +72,7 @@ def _updates(folder: Path, overlap: bool, bucket: int | None = None, **layout: A
     from megatron_reheat.losses.reheat import reheat_loss, sft_loss
     from megatron_reheat.types import TrainBatch
 
-    grpo = partial(
-        policy_loss,
-        sampling_temperature=0.9,
-        clip_low=0.2,
-        clip_high=0.28,
-        dual_clip=3.0,
-        tis_cap=2.0,
-        entropy_coef=0.01,
-    )
+    grpo = partial(policy_loss, **GRPO)
     reheat = partial(reheat_loss, teacher_temperature=1.2, direction="forward")
 
     def tapped(vocab: Any, micro: Any) -> tuple[Tensor, Any]:

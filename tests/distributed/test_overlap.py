@@ -18,6 +18,7 @@ RUNS = {
         ("qwen3_tied", {"data": 2, "dtype": "bfloat16"}),
         ("qwen3_tied", {**WHOLE, "dtype": "bfloat16"}),
         ("qwen3_tied", WHOLE),
+        ("qwen3_tied", {**WHOLE, "data": 1, "context": 2}),
         ("qwen3_tied", {**WHOLE, "fused_head": False}),
         ("qwen3_tied", {**WHOLE, "recompute": "full"}),
         ("qwen3_untied", {"data": 2}),

@@ -80,6 +80,15 @@ def test_which_gpus_need_their_kernels_in_order(tensor: int, architecture: int |
     assert needs_one_queue(tensor, architecture) == needed
 
 
+def test_kernels_are_ordered_for_context_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_order, "gpu_architecture", lambda: 9)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "")
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    parallel = {"context": 2, "data": 1}
+    order_kernels(parse_config({"model": {"hf_path": "m"}, "data": {"path": "d"}, "parallel": parallel}))
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+
+
 @pytest.mark.parametrize(
     ("tensor", "architecture", "before", "after"),
     [(1, 9, None, None), (2, 9, None, "1"), (2, 9, "8", "8"), (2, 10, None, None)],

@@ -206,3 +206,8 @@ def test_no_engines_no_server(program: Path, tmp_path: Path, monkeypatch: pytest
     assert not started(rollout={"mode": "server"})
     monkeypatch.setattr(head_start, "has_gpus", lambda: True)
     assert not started()
+
+
+def test_a_machine_that_starts_no_process_says_so_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path))
+    assert start_fork_server(parse_config(recipe(run={"folder": str(tmp_path / "run"), "steps": 3})), 2) is None
