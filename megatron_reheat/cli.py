@@ -3,84 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import logging
 import os
 import signal
 import sys
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megatron_reheat.cluster.launch import become_rank, heed_stop_signals, is_launched, is_launchers_own, launch_here
-from megatron_reheat.config import Config
-from megatron_reheat.errors import ConfigError, RankLost, ReheatError, print_error
+from megatron_reheat.cluster.launch import reporting_errors
+from megatron_reheat.errors import ConfigError, print_error
 from megatron_reheat.large_imports import large_imports
 from megatron_reheat.phases import announce, let_announce
 from megatron_reheat.recipe import load_config
-from megatron_reheat.run_folder import RunFolder
-from megatron_reheat.stop_request import (
-    FINISHING,
-    REQUEUE_EXIT_CODE,
-    STOP_SIGNAL,
-    StopWatch,
-    hold_stop_signals,
-    stopped_by,
-)
-
-if TYPE_CHECKING:
-    from megatron_reheat.rollout.fork_server import ForkServer
-
-# many times the launcher's monitoring interval
-SECONDARY_FAILURE_WAIT_S = 3.0
+from megatron_reheat.stop_request import STOP_SIGNAL, StopWatch, hold_stop_signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status. Errors meant for the user are one line on stderr, without a traceback."""
     parsed = _parser().parse_args(arguments)
     _quiet_libraries()
-    return _reporting_errors(partial(parsed.run, parsed))
-
-
-def _reporting_errors(run: Callable[[], int]) -> int:
-    """In the process that the user started, or in a rank."""
-    try:
-        return run()
-    except ReheatError as error:
-        if isinstance(error, RankLost):
-            _wait_for_the_first_error()
-        _report_error(error)
-        return 1
-    except KeyboardInterrupt:
-        print_error("stopped by SIGINT")
-        return 128 + signal.SIGINT
-    except Exception:
-        _wait_for_the_first_error()
-        raise
-
-
-def _wait_for_the_first_error() -> None:
-    """When another rank failed first, its error counts: the launcher ends this one before the wait is over."""
-    if is_launched():
-        time.sleep(SECONDARY_FAILURE_WAIT_S)
-
-
-def _report_error(error: ReheatError) -> None:
-    """One line for all ranks: our launcher prints the first rank's; under another torchrun the first rank prints its own.
-
-    torchrun's error file is written in any case, so that an error of a single rank is in torchrun's report.
-    """
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
-    if not is_launched() and not (error.on_every_rank and int(os.environ.get("RANK", "0"))):
-        print_error(str(error))
+    return reporting_errors(partial(parsed.run, parsed))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -295,81 +242,9 @@ def _eval(parsed: argparse.Namespace) -> int:
 
 
 def _train(parsed: argparse.Namespace) -> int:
-    hold_stop_signals()
-    config = load_config(parsed.config, parsed.overrides)
-    world_size = _world_size(config)
-    if world_size > 1 and "RANK" not in os.environ:
-        return _launch(config, world_size, parsed)
-    if "RANK" in os.environ:
-        become_rank()
-    _check_gpu_start(config, world_size, parsed)
-    return _run(config, world_size)
+    from megatron_reheat.commands.train import train
 
-
-def _launch(config: Config, world_size: int, parsed: argparse.Namespace) -> int:
-    """Ranks on GPUs are interpreters of their own; others share the imports of this one, and their engines each other's."""
-    from megatron_reheat.rollout.head_start import has_gpus, start_fork_server
-
-    folder = RunFolder(config.run.path)
-    heed_stop_signals(folder, config.run.stop_grace_s)
-    let_announce(config.logging.console)
-    with start_fork_server(config, world_size) or contextlib.nullcontext() as fork_server:
-        _check_gpu_start(config, world_size, parsed)
-        run: Sequence[str] | Callable[[], int]
-        if has_gpus():
-            force = ["--force"] if parsed.force else []
-            run = ["train", str(parsed.config), *parsed.overrides, *force]
-        else:
-            # as torchrun has it: libraries start their threads when they are imported, and a fork has none of them
-            os.environ.setdefault("OMP_NUM_THREADS", "1")
-            _import_training()
-            run = partial(_reporting_errors, partial(_run, config, world_size, fork_server))
-        announce(f"starting {world_size} ranks")
-        return launch_here(world_size, run, folder)
-
-
-def _check_gpu_start(config: Config, world_size: int, parsed: argparse.Namespace) -> None:
-    from megatron_reheat.cluster.gpu_start import check_gpu_start
-    from megatron_reheat.parallel.kernel_order import order_kernels
-
-    order_kernels(config)
-    check_gpu_start(config, world_size, force=parsed.force)
-
-
-def _import_training() -> None:
-    announce("importing torch, Megatron-Core and transformers")
-    with large_imports():
-        import megatron_reheat.stages.run  # noqa: F401
-
-
-def _world_size(config: Config) -> int:
-    """As torchrun says, which must fit the layout, or as the layout asks for."""
-    if "RANK" in os.environ:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        config.data_parallel(world_size)
-        return world_size
-    return config.parallel.block * config.data_parallel()
-
-
-def _run(config: Config, world_size: int, fork_server: ForkServer | None = None) -> int:
-    """In a process of the run: the only one, or a rank."""
-    finishing = None
-    if os.environ.get("RANK", "0") == "0" and not is_launched():
-        patience = ", if torchrun waits so long (its --shutdown-timeout, 30 s by default)"
-        finishing = FINISHING + (patience if "TORCHELASTIC_RUN_ID" in os.environ else "")
-    # a rank of our launcher leaves the grace time to it
-    grace_s = None if is_launched() else config.run.stop_grace_s
-    stopped = partial(stopped_by, folder=RunFolder(config.run.path))
-    StopWatch(stopped, finishing, grace_s, is_final=is_launchers_own).start()
-    let_announce(config.logging.console and os.environ.get("RANK", "0") == "0")
-    from megatron_reheat.rollout.head_start import HeadStart
-
-    with HeadStart(config, world_size, fork_server) as head_start:
-        if "megatron_reheat.stages.run" not in sys.modules:  # else this rank was forked
-            _import_training()
-        from megatron_reheat.stages.run import train
-
-        return 0 if train(config, head_start) else REQUEUE_EXIT_CODE
+    return train(parsed.config, parsed.overrides, force=parsed.force)
 
 
 def _report(parsed: argparse.Namespace) -> int:

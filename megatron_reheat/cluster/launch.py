@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import logging
 import os
 import signal
@@ -19,9 +20,10 @@ import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_reheat.errors import print_error
+from megatron_reheat.errors import RankLost, ReheatError, print_error
 from megatron_reheat.processes import die_with_parent, name_process
 from megatron_reheat.run_folder import RunFolder
 from megatron_reheat.stop_request import (
@@ -48,6 +50,7 @@ KILL_WAIT_S = 5.0
 # A rank that somebody stopped (SIGSTOP) would keep the others waiting until a collective's own time is over.
 STOPPED_LIMIT_S = 60
 LOOK_EVERY_S = 1.0
+SECONDARY_FAILURE_WAIT_S = 3.0  # many times the monitoring interval
 
 
 def is_launched() -> bool:
@@ -83,6 +86,41 @@ def is_launchers_own(sender: int) -> bool:
             with contextlib.suppress(psutil.Error):  # ended while it was looked at
                 alive += child.status() != psutil.STATUS_ZOMBIE
     return alive < int(os.environ["LOCAL_WORLD_SIZE"])
+
+
+def reporting_errors(run: Callable[[], int]) -> int:
+    """Its exit status, in the process that the user started or in a rank. An error of ours becomes one line on stderr."""
+    try:
+        return run()
+    except ReheatError as error:
+        if isinstance(error, RankLost):
+            _wait_for_the_first_error()
+        _report_error(error)
+        return 1
+    except KeyboardInterrupt:
+        print_error("stopped by SIGINT")
+        return 128 + signal.SIGINT
+    except Exception:
+        _wait_for_the_first_error()
+        raise
+
+
+def _wait_for_the_first_error() -> None:
+    """When another rank failed first, its error counts: the launcher ends this one before the wait is over."""
+    if is_launched():
+        time.sleep(SECONDARY_FAILURE_WAIT_S)
+
+
+def _report_error(error: ReheatError) -> None:
+    """One line for all ranks: our launcher prints the first rank's; under another torchrun the first rank prints its own.
+
+    torchrun's error file is written in any case, so that an error of a single rank is in torchrun's report.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
+    if not is_launched() and not (error.on_every_rank and int(os.environ.get("RANK", "0"))):
+        print_error(str(error))
 
 
 def heed_stop_signals(folder: RunFolder, grace_s: float) -> None:

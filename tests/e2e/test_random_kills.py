@@ -39,7 +39,7 @@ def test_killed_three_times_a_run_comes_to_the_same_end() -> None:
     [
         ("", "start-up: imports, data"),
         (
-            "__main__:<module> cli:main stages/run:train stages/run:_train stages/run:__init__",
+            "__main__:<module> cli:main commands/train:train stages/run:train stages/run:_train stages/run:__init__",
             "start-up: engine, model",
         ),
         ("stages/run:_train stages/run:go stages/run:_restore stages/policy:publish", "start-up: weight sync"),

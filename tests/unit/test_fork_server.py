@@ -25,7 +25,7 @@ from tests.unit.test_config import recipe
 
 # the server as it is, with something shorter in place of vLLM
 PROGRAM = """
-import os, sys
+import os, sys, time
 from megatron_reheat.rollout import fork_server
 
 def engine(connection):
@@ -36,6 +36,8 @@ def engine(connection):
             return 0
         if operation == "raise":
             raise ValueError("cannot")
+        if operation == "think":
+            time.sleep(3600)
         connection.send((request, (os.getpid(), os.getppid(), os.getsid(0))))
 
 fork_server.import_vllm = lambda: print("early", flush=True)
@@ -109,12 +111,14 @@ def test_how_it_ended_is_told_with_the_end_of_its_log(server: ForkServer, tmp_pa
 
 
 def test_it_ends_with_the_rank_that_asked_for_it(server: ForkServer, tmp_path: Path) -> None:
-    """Ranks are forked too, and share the server."""
+    """Ranks are forked too, and share the server. An engine in the middle of something ends as well."""
     context = multiprocessing.get_context("fork")
     pids = context.SimpleQueue()
 
     def rank(name: str) -> None:
-        pids.put(ask(forked(server, tmp_path / f"{name}.log"))[0])
+        child = forked(server, tmp_path / f"{name}.log")
+        pids.put(ask(child)[0])
+        child.send("think", timeout_s=ANSWER_S)
         time.sleep(ANSWER_S)
 
     ranks = [context.Process(target=rank, args=(name,)) for name in "ab"]
@@ -143,6 +147,7 @@ fork_server.SERVER_MODULE = "program"
 server = fork_server.ForkServer({{}})
 child = ChildProcess("", [], env={{}}, log_file=Path({str(tmp_path / "log")!r}), fork=server.fork)
 print(server.pid, child.call("who", timeout_s={ANSWER_S}, timeout_key="")[0], flush=True)
+child.send("think", timeout_s={ANSWER_S})
 time.sleep({ANSWER_S})
 """
     launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

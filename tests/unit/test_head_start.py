@@ -155,7 +155,6 @@ def test_the_environment_is_what_an_engine_of_the_run_gets(tmp_path: Path, monke
 
 def test_it_starts_before_torch_is_imported() -> None:
     """Else it would be no head start."""
-    code = (
-        "import sys; import megatron_reheat.cli, megatron_reheat.rollout.head_start; assert 'torch' not in sys.modules"
-    )
+    early = "import megatron_reheat.commands.train, megatron_reheat.rollout.head_start"
+    code = f"import sys; {early}; assert 'torch' not in sys.modules"
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code]) == 0

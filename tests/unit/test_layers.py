@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "analysis.passk": {"base"},
     "cluster": {"base", "model", "methods", "rewards", "stages"},
     "stages": {"base", "parallel", *SIBLINGS, "methods", "analysis.passk"},
-    "commands": {"base", "model", "rollout", "data", "stages", "analysis", "microscope"},
+    "commands": {"base", "cluster", "parallel", "model", "rollout", "data", "stages", "analysis", "microscope"},
     "analysis": {"base", "parallel", *SIBLINGS, "stages", "analysis.passk"},
     "microscope": {"base", "parallel", "model", "data", "analysis"},
     "evaluation": {"base", "model", "rewards", "rollout", "data", "analysis.passk"},

@@ -629,9 +629,11 @@ def test_train_asks_before_it_starts_anything(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     gpus(monkeypatch, 8, 79.1)
-    monkeypatch.setattr("megatron_reheat.cli.heed_stop_signals", lambda *_: None)
+    monkeypatch.setattr("megatron_reheat.commands.train.heed_stop_signals", lambda *_: None)
     monkeypatch.setattr("megatron_reheat.rollout.head_start.has_gpus", lambda: True)
-    monkeypatch.setattr("megatron_reheat.cli.launch_here", lambda *arguments: pytest.fail(f"started {arguments}"))
+    monkeypatch.setattr(
+        "megatron_reheat.commands.train.launch_here", lambda *arguments: pytest.fail(f"started {arguments}")
+    )
     recipe = [
         str(ROOT / "yaml" / "ts_opsd.yaml"),
         "parallel.data=8",
@@ -641,7 +643,7 @@ def test_train_asks_before_it_starts_anything(
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         assert main(["train", *recipe]) == 1
-        monkeypatch.setattr("megatron_reheat.cli.launch_here", lambda count, *_: 40 + count)
+        monkeypatch.setattr("megatron_reheat.commands.train.launch_here", lambda count, *_: 40 + count)
         assert main(["train", *recipe, "--force"]) == 48
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
