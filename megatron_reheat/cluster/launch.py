@@ -224,6 +224,9 @@ def _launch(
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # torchrun would take them back from nohup, or from a script's `&`
+    heard = [name for name in config.signals_to_handle.split(",") if not _is_ignored(name)]
+    config.signals_to_handle = ",".join(heard)
     os.environ[_LAUNCHER_PID] = str(os.getpid())
     watch = _RankWatch()
     watch.start()
@@ -246,6 +249,10 @@ def _launch(
         print_error(stopped_by(signalled.sigval.name, folder))
         return 128 + signalled.sigval
     return 0
+
+
+def _is_ignored(signal_name: str) -> bool:
+    return signal.getsignal(signal.Signals[signal_name]) == signal.SIG_IGN
 
 
 class _RankWatch(threading.Thread):
