@@ -20,13 +20,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_reheat.parallel import pair_triton
-from megatron_reheat.parallel.vocab_kernels import NO_PROBABILITY, compiles_here, compute_dtype, row_blocks
+from megatron_reheat.parallel.vocab_kernels import (
+    NO_PROBABILITY,
+    compiles_here,
+    compute_dtype,
+    out_and_input,
+    row_blocks,
+)
 from megatron_reheat.parallel.vocab_rows import PairConstants, PairScalars
 
 Measure = Literal["forward", "reverse", "js"]
@@ -69,7 +75,7 @@ def write_pair_gradient(
         return
     blocks, gradient = _plan(logits, _GRADIENTS[measure])
     for rows in blocks:
-        out[rows] = gradient(logits[rows], others[rows], constants[:, rows].clone())
+        gradient(*out_and_input(out, logits, rows), others[rows], constants[:, rows].clone())
 
 
 def _constants(
@@ -144,25 +150,25 @@ def _js_sums(logits: Tensor, others: Tensor, constants: Tensor) -> Tensor:
     return torch.stack([v.sum(-1, dtype=torch.float64) for v in both])
 
 
-def _forward_gradient(logits: Tensor, others: Tensor, constants: Tensor) -> Tensor:
+def _forward_gradient(out: Tensor, logits: Tensor, others: Tensor, constants: Tensor) -> None:
     c = _columns(constants)
     p, q, x, _ = _pair(logits, others, c)
-    return c.factor * torch.where(x.abs() < _near(x), q * (x + _remainder(x)), p - q)
+    out.copy_(c.factor * torch.where(x.abs() < _near(x), q * (x + _remainder(x)), p - q))
 
 
-def _reverse_gradient(logits: Tensor, others: Tensor, constants: Tensor) -> Tensor:
+def _reverse_gradient(out: Tensor, logits: Tensor, others: Tensor, constants: Tensor) -> None:
     c = _columns(constants)
     pair = _pair(logits, others, c)
-    return c.factor * (pair.p * (pair.x_from_top - c.center))
+    out.copy_(c.factor * (pair.p * (pair.x_from_top - c.center)))
 
 
-def _js_gradient(logits: Tensor, others: Tensor, constants: Tensor) -> Tensor:
+def _js_gradient(out: Tensor, logits: Tensor, others: Tensor, constants: Tensor) -> None:
     c = _columns(constants)
     pair = _pair(logits, others, c)
-    return c.factor * (pair.p * (_js_slope(pair, c) - c.center))
+    out.copy_(c.factor * (pair.p * (_js_slope(pair, c) - c.center)))
 
 
-_GRADIENTS: dict[Measure, Callable[..., Tensor]] = {
+_GRADIENTS: dict[Measure, Callable[..., None]] = {
     "forward": _forward_gradient,
     "reverse": _reverse_gradient,
     "js": _js_gradient,
@@ -208,11 +214,11 @@ def _js_slope(pair: _Pair, c: PairConstants) -> Tensor:
     return torch.where(r.abs() < _near(r), near, far) / 2
 
 
-def _plan(logits: Tensor, function: Callable[..., Tensor]) -> tuple[list[slice], Callable[..., Tensor]]:
+def _plan(logits: Tensor, function: Callable[..., Any]) -> tuple[list[slice], Callable[..., Any]]:
     compiled = compiles_here(logits)
     return row_blocks(logits, compiled), _compiled(function) if compiled else function
 
 
 @cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)

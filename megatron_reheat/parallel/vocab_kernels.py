@@ -38,8 +38,8 @@ NO_PROBABILITY = -1e30
 # what keeps a GPU busy without large temporaries.
 _CPU_BLOCK = 1 << 18
 _GPU_BLOCK = 1 << 26
-# Compiled code passes over a row in registers and wants many rows at a time.
-_COMPILED_BLOCK = 1 << 21
+# Compiled code makes no temporaries; it passes over a block once for the maxima and once for the rest.
+_COMPILED_BLOCK = 1 << 20
 _COMPILE_FROM_COLUMNS = 4096
 _COMPILE_FROM_ELEMENTS = 1 << 22
 
@@ -102,7 +102,8 @@ def write_gradient(
     plan = _plan(logits)
     for rows in plan.blocks:
         targets = None if local_targets is None else local_targets[rows]
-        out[rows] = plan.gradient(logits[rows], targets, scalars.rows(rows), coefficients.rows(rows), temperature)
+        into, block = out_and_input(out, logits, rows)
+        plan.gradient(into, block, targets, scalars.rows(rows), coefficients.rows(rows), temperature)
 
 
 def _sums(logits: Tensor, temperature: float) -> Tensor:
@@ -134,9 +135,14 @@ def _target_logits(logits: Tensor, local_targets: Tensor) -> Tensor:
     return torch.where(owned, values, 0.0)
 
 
-def _gradient(
-    logits: Tensor, local_targets: Tensor | None, scalars: RowScalars, coefficients: RowCoefficients, temperature: float
-) -> Tensor:
+def _write_gradient(
+    out: Tensor,
+    logits: Tensor,
+    local_targets: Tensor | None,
+    scalars: RowScalars,
+    coefficients: RowCoefficients,
+    temperature: float,
+) -> None:
     d = _shifted(logits, scalars.maximum)
 
     def column(values: Tensor) -> Tensor:
@@ -156,7 +162,7 @@ def _gradient(
         term = (d - column(scalars.log_sum)).exp_()
         term.mul_(d.sub_(column(scalars.mean))).mul_(column(coefficients.entropy))
         gradient = term if gradient is None else gradient.add_(term)
-    return torch.zeros_like(d) if gradient is None else gradient
+    out.copy_(torch.zeros_like(d) if gradient is None else gradient)
 
 
 def _logprob_gradient(log_p: Tensor, local_targets: Tensor) -> Tensor:
@@ -197,7 +203,7 @@ class _Plan:
 
     blocks: list[slice]
     sums: Callable[..., Tensor] = _sums
-    gradient: Callable[..., Tensor] = _gradient
+    gradient: Callable[..., None] = _write_gradient
 
 
 def _plan(logits: Tensor) -> _Plan:
@@ -212,9 +218,9 @@ def compiles_here(logits: Tensor) -> bool:
 
 
 @cache
-def _compiled() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
+def _compiled() -> tuple[Callable[..., Tensor], Callable[..., None]] | None:
     """The plain functions through torch.compile, or None where that does not work (it needs a C++ compiler)."""
-    sums, gradient = torch.compile(_sums, dynamic=True), torch.compile(_gradient, dynamic=True)
+    sums, gradient = torch.compile(_sums, dynamic=True), torch.compile(_write_gradient, dynamic=True)
     try:
         sums(torch.zeros(2, 64), 1.5)
     except Exception as error:
@@ -227,6 +233,13 @@ def row_blocks(logits: Tensor, compiled: bool) -> list[slice]:
     """The rows to work on at a time."""
     elements = _GPU_BLOCK if logits.is_cuda else _COMPILED_BLOCK if compiled else _CPU_BLOCK
     return chunks(logits.size(0), max(1, elements // logits.size(-1)))
+
+
+def out_and_input(out: Tensor, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """`rows` of both, as one and the same tensor where `out` is `logits`: compiled code then knows that it overwrites what it
+    reads, and needs no copy of it."""
+    into = out[rows]
+    return into, into if out.data_ptr() == logits.data_ptr() and out.dtype == logits.dtype else logits[rows]
 
 
 def chunks(count: int, size: int) -> list[slice]:

@@ -589,6 +589,7 @@ def _save_behind_updates(folder: Path, checkpoints: Path, layout: dict[str, Any]
             same = _equal({**_state(engine), **_moments(engine)}, saved)
             restored.append((moved, same, _equal(load_last_good(engine, path), before)))
         complete = names()
+        engine.topology.barrier()  # the next save's folder is made by one rank
         may_write.clear()
         saver.begin(Contents(3, {"step": 3}, keep=1))
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
