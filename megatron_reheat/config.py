@@ -351,6 +351,11 @@ class ReheatConfig(Section):
         description="at which the policy's own distribution is flattened into the teacher's; below 1 it is sharpened, for "
         "controller.action=cool",
     )
+    teacher: Literal["current", "frozen"] = Field(
+        default="current",
+        description="whose distribution is flattened: current, the policy's as it is in each step, the paper's; frozen, that "
+        "with which the round began, so that steps cannot add up to something else than flattening (needs model.fused_head)",
+    )
     direction: Literal["forward", "reverse"] = Field(
         default="forward", description="of the KL: forward KL(teacher || policy), reverse KL(policy || teacher)"
     )

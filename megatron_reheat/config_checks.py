@@ -26,6 +26,11 @@ def cross_field_problems(c: Config) -> Iterator[str]:
             f"reheat.max_tokens {c.reheat_tokens} exceeds rollout.max_tokens {c.rollout.max_tokens}: the entropies that "
             "start and end a reheating stage would be of different lengths; lower reheat.max_tokens, or leave it empty"
         )
+    if c.controller.trains and c.reheat.teacher == "frozen" and not c.model.fused_head:
+        yield (
+            "reheat.teacher frozen is compared with the policy chunk by chunk inside the fused head, and "
+            "model.fused_head=false makes all logits at once; set model.fused_head=true, or reheat.teacher=current"
+        )
     longest = c.rollout.max_tokens
     if context and c.data.max_prompt_tokens + longest > context:
         yield (

@@ -46,7 +46,6 @@ STATE = "state.json"
 MANIFEST = "manifest.json"
 HASHING_THREADS = 8  # a checkpoint of tens of GB is read back as fast as its disk gives it
 _DIFFERS = f"{{}} is missing or damaged (its digest differs from {MANIFEST})"
-_LAST_GOOD = "optimizer.last_good"
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path) -> dict[str, Any]:
@@ -76,15 +75,16 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> dict[str, Any]:
     return read_state(checkpoint)
 
 
-def load_last_good(engine: Engine, checkpoint: Path) -> Snapshot | None:
-    """The weights that were saved as `last_good`, under this engine's layout; None if there were none. A collective."""
+def load_snapshot(engine: Engine, checkpoint: Path, name: str) -> Snapshot | None:
+    """Weights that were saved beside the policy's under this name, under this engine's layout; None if there were none. A
+    collective."""
     with _reading(checkpoint):
         names = read_metadata(checkpoint).state_dict_metadata
-    if not any(name.startswith(_LAST_GOOD) for name in names):
+    if not any(known.startswith(f"{_key(name)}.") for known in names):
         return None
-    empty = {name: torch.empty(p.shape) for name, p in engine.module.named_parameters()}
-    sharded = {"last_good": sharded_last_good(engine, empty)}
-    return engine.masters.part(_load(sharded, checkpoint)["last_good"])
+    empty = {of: torch.empty(p.shape) for of, p in engine.module.named_parameters()}
+    sharded = {name: sharded_snapshot(engine, name, empty)}
+    return engine.masters.part(_load(sharded, checkpoint)[name])
 
 
 def load_weights(module: ModelChunks, checkpoint: Path) -> None:
@@ -228,19 +228,24 @@ def sharded_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer}
 
 
-def sharded_last_good(engine: Engine, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Other float32 values of the model's parameters, sharded as these are; both by parameter name."""
+def sharded_snapshot(engine: Engine, snapshot: str, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Other float32 values of the model's parameters, sharded as these are; both by parameter name. `snapshot` is what the
+    checkpoint calls them."""
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     sharded: dict[str, Any] = {}
     for entry in nested_values(sharded_weights(engine.module)):
         if isinstance(entry, ShardedTensor | ShardedTensorFactory) and id(entry.data) in names:
             name = names[id(entry.data)]
-            changes: dict[str, Any] = {"key": f"{_LAST_GOOD}.{entry.key}", "data": weights[name]}
+            changes: dict[str, Any] = {"key": f"{_key(snapshot)}.{entry.key}", "data": weights[name]}
             if isinstance(entry, ShardedTensor):
                 changes["dtype"] = torch.float32
             sharded[name] = replace(entry, **changes)
     assert len(sharded) == len(weights)
     return sharded
+
+
+def _key(snapshot: str) -> str:
+    return f"optimizer.{snapshot}"
 
 
 def _ensure_optimizer_state(engine: Engine) -> None:

@@ -34,7 +34,7 @@ from megatron_reheat.model.checkpoint import (
     MANIFEST,
     STATE,
     digest,
-    sharded_last_good,
+    sharded_snapshot,
     sharded_state,
     sharded_weights,
 )
@@ -44,6 +44,7 @@ from megatron_reheat.model.host_copy import HostBuffers, HostCopy
 from megatron_reheat.model.master_weights import Snapshot
 from megatron_reheat.parallel.topology import Topology, new_peer_group
 
+NO_SNAPSHOTS: Mapping[str, Snapshot] = {}
 # what torch's writer says of a file that it could not write
 _OF_A_FILE = re.compile("inline_container|PytorchStreamWriter|iostream error")
 
@@ -79,16 +80,16 @@ def save_checkpoint(
     *,
     keep: int,
     is_best: bool = False,
-    last_good: Snapshot | None = None,
+    snapshots: Mapping[str, Snapshot] = NO_SNAPSHOTS,
     carried: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Writes `folder/step-<step>`, points `latest` at it and removes all but the newest `keep`, it and the best. A collective.
 
-    `last_good` is kept for `load_last_good`; the rest is `Contents`. A process killed at any moment leaves the previous
+    `snapshots` are kept for `load_snapshot`; the rest is `Contents`. A process killed at any moment leaves the previous
     checkpoint and `latest` intact.
     """
     saver = CheckpointSaver(engine, folder, in_background=False)
-    saver.begin(Contents(step, state, keep, is_best, carried or {}), last_good)
+    saver.begin(Contents(step, state, keep, is_best, carried or {}), snapshots)
     saved = saver.finish(wait=True)
     assert saved is not None
     return saved.path
@@ -120,7 +121,7 @@ class CheckpointSaver:
         if in_background:
             self._group = new_peer_group(engine.topology, engine.config.parallel.timeout_s)
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._known: set[bool] = set()  # whether with last good weights: what was saved already
+        self._known: set[frozenset[str]] = set()  # the snapshots beside what was saved already
         self._save: _Save | None = None
         self._written: Future[_Written] | None = None
 
@@ -129,23 +130,24 @@ class CheckpointSaver:
         """Of the save that is begun and not finished; the same on every rank."""
         return None if self._save is None else self._save.contents.step
 
-    def begin(self, contents: Contents, last_good: Snapshot | None = None) -> None:
-        """Returns when everything is copied: weights and optimizer may change from here on.
+    def begin(self, contents: Contents, snapshots: Mapping[str, Snapshot] = NO_SNAPSHOTS) -> None:
+        """Returns when everything is copied: weights and optimizer may change from here on. `snapshots` are other weights of
+        the model, which `load_snapshot` finds by their names.
 
         Raises:
             ReheatError: the folder cannot be written.
         """
         assert self._save is None
-        engine, copy, has_last_good = self._engine, HostCopy(self._buffers), last_good is not None
+        engine, copy, names = self._engine, HostCopy(self._buffers), frozenset(snapshots)
         with self._buffers.copying():
             with copy.planning():
                 sharded = sharded_state(engine, is_loading=False)
             copy.copy(sharded)
-        if last_good is not None:
-            sharded["last_good"] = sharded_last_good(engine, engine.masters.whole(last_good))
-            copy.copy(sharded["last_good"], is_fresh=True)
-        save = _Save(engine.topology, self._folder, contents, copy, sharded, has_last_good in self._known)
-        self._known.add(has_last_good)
+        for name, snapshot in snapshots.items():
+            sharded[name] = sharded_snapshot(engine, name, engine.masters.whole(snapshot))
+            copy.copy(sharded[name], is_fresh=True)
+        save = _Save(engine.topology, self._folder, contents, copy, sharded, names in self._known)
+        self._known.add(names)
         if self._thread is not None:
             self._written = self._thread.submit(save.write, self._group)
         self._save = save

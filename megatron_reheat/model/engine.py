@@ -10,6 +10,7 @@ ranks' sums, gradients are summed over data x context ranks, and what is summed 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from megatron_reheat.model.architecture import Architecture
 from megatron_reheat.model.backend import choose_backend
 from megatron_reheat.model.chunks import ModelChunks
 from megatron_reheat.model.data_parallel import PolicyDDP, ddp_config
+from megatron_reheat.model.frozen_weights import FrozenWeights
 from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import HFExporter, load_hf_weights
 from megatron_reheat.model.master_weights import MasterWeights, Snapshot
@@ -43,6 +45,8 @@ Accept = Callable[[dict[str, float], Scores | None], bool]
 # position of the micro-batch, the micro-batch and the model's output -> loss and metric sums
 Evaluate = Callable[[int, MicroBatch, Tensor], Evaluated]
 NO_COLUMNS: Mapping[str, PerToken] = {}
+NO_VIEWS: Mapping[str, TrainBatch] = {}
+NO_READERS: Mapping[str, FrozenWeights] = {}
 
 
 FINAL_NORM = "decoder.final_layernorm.weight"
@@ -118,7 +122,8 @@ class Engine:
         whole_sequences: bool = False,
         score: bool = False,
         accept: Accept | None = None,
-        views: Mapping[str, TrainBatch] | None = None,
+        views: Mapping[str, TrainBatch] = NO_VIEWS,
+        readers: Mapping[str, FrozenWeights] = NO_READERS,
         taps: Sequence[int] = (),
         attention: AttentionTerm | None = None,
     ) -> UpdateResult:
@@ -128,8 +133,8 @@ class Engine:
         (`model.fused_head`): under their names those of `views`, which are the same responses in the same order behind other
         prompts, read by one more forward pass each without gradient; and as `layerN` what layer N of `taps`, counted from 1
         and before the last, predicts through the final norm and the head, with gradient. A view may leave sequences out, as
-        ones without tokens: it says nothing about their positions, where it predicts anything alike. `attention` is added to
-        the loss.
+        ones without tokens: it says nothing about their positions, where it predicts anything alike. `readers` are the weights
+        that read a view in place of the policy's. `attention` is added to the loss.
 
         A loss is asked chunk by chunk, as a sum over tokens can be. With `whole_sequences` it sees each micro-batch at once,
         which never splits a sequence; the fused head then makes the logits a second time for their gradient.
@@ -140,12 +145,11 @@ class Engine:
         `accept` sees metrics and scores after the backward pass and before the weights change; when it returns False, or
         when the loss or a gradient is not finite, the gradients are dropped and the weights stay as they are.
         """
-        views = views or {}
         assert self.config.model.fused_head or not (views or taps or attention)
         assert attention is None or self.config.parallel.context == 1  # `reading_problems`
         assert max(taps, default=0) < self.hf.num_hidden_layers  # the last layer's prediction is the policy's
         micros = self.microbatches(batch, aggregation, beside=tuple(views.values()))
-        states = {name: self._view_states(name, views, batch, micros) for name in views}
+        states, heads = self._read_views(views, readers, batch, micros)
         for chunk in self._wrapped:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -154,7 +158,9 @@ class Engine:
         scored: list[Scored] | None = [] if score else None
         in_chunks = self.head.is_fused and not whole_sequences
         evaluate: Evaluate = (
-            ChunkedLoss(self.head, loss, states, attention, scored) if in_chunks else WholeLoss(self.head, loss, scored)
+            ChunkedLoss(self.head, loss, states, heads, attention, scored)
+            if in_chunks
+            else WholeLoss(self.head, loss, scored)
         )
         self._tap(tuple(taps), () if attention is None else attention.layers)
         try:
@@ -199,6 +205,14 @@ class Engine:
     def restore(self, snapshot: Snapshot) -> None:
         """Puts master weights and weights back, to the bit; moments stay (see `master_weights`). A collective."""
         self.masters.put_back(snapshot)
+
+    def frozen_weights(self, snapshot: Snapshot) -> FrozenWeights:
+        """Those of a snapshot, to read with; the policy's are as before, to the bit. A collective."""
+        now = self.snapshot()
+        self.restore(snapshot)
+        frozen = FrozenWeights(self.module, self.topology)
+        self.restore(now)
+        return frozen
 
     def final_norm(self) -> Snapshot:
         """Master weights of the norm before the head, where this rank holds any."""
@@ -249,14 +263,26 @@ class Engine:
         for chunk in self.module.models:
             chunk.taps, chunk.attention_taps = layers, attention
 
-    def _view_states(
-        self, name: str, views: Mapping[str, TrainBatch], batch: TrainBatch, micros: Sequence[MicroBatch]
-    ) -> list[Tensor]:
-        """Per micro-batch of `batch` the final hidden states of a view at its responses, on the last stage, [] elsewhere."""
-        beside = [batch, *(view for other, view in views.items() if other != name)]
-        kept = ViewStates(self.head, batch, micros)
-        self.forward(self.microbatches(views[name], beside=beside), kept)
-        return kept.states
+    def _read_views(
+        self,
+        views: Mapping[str, TrainBatch],
+        readers: Mapping[str, FrozenWeights],
+        batch: TrainBatch,
+        micros: Sequence[MicroBatch],
+    ) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+        """By view, for each micro-batch of `batch` its final hidden states at the responses, on the last stage, [] elsewhere;
+        and its reader's head, where it has one."""
+        states, heads = {}, {}
+        for name, view in views.items():
+            beside = [batch, *(v for other, v in views.items() if other != name)]
+            kept = ViewStates(self.head, batch, micros)
+            with readers[name].in_place() if name in readers else nullcontext():
+                self.forward(self.microbatches(view, beside=beside), kept)
+                head = self.head.frozen_weight() if name in readers else None
+            states[name] = kept.states
+            if head is not None:
+                heads[name] = head
+        return states, heads
 
     def microbatches(
         self, batch: TrainBatch, aggregation: Aggregation = "token_mean", beside: Sequence[TrainBatch] = ()

@@ -48,9 +48,13 @@ class OutputHead:
             return VocabLogits(output[0], self.vocab_size, self.group, overwrite=True)
         return VocabHead(self.hidden(output), mask=micro.loss_mask.bool(), **self._weight())
 
-    def sum_of(self, loss: ChunkLoss, hiddens: Sequence[Tensor]) -> Tensor:
+    def sum_of(self, loss: ChunkLoss, hiddens: Sequence[Tensor], other_weights: Mapping[int, Tensor]) -> Tensor:
         """Of a loss that is asked chunk by chunk (`head_loss`)."""
-        return head_loss(hiddens, loss=loss, **self._weight())
+        return head_loss(hiddens, loss=loss, other_weights=other_weights, **self._weight())
+
+    def frozen_weight(self) -> Tensor | None:
+        """A copy of the head's weight as it is now, [V/TP, H]; None on other stages than the last."""
+        return head_weight(self.module).detach().clone() if self.module.post_process else None
 
     def _weight(self) -> dict[str, Any]:
         return {
@@ -84,12 +88,14 @@ class ChunkedLoss:
     """A loss that is a sum over tokens, of the fused head, and is asked for some of them at a time.
 
     It finds what it compares the policy with in `micro.readings`: what the module's taps predict, and the views, whose hidden
-    states `views` has by name for each micro-batch (`ViewStates`). `attention` is added to it; `scored` is as for `WholeLoss`.
+    states `views` has by name for each micro-batch (`ViewStates`), and `heads` their head's weight where it is another one.
+    `attention` is added to it; `scored` is as for `WholeLoss`.
     """
 
     head: OutputHead
     loss: Loss
     views: Mapping[str, Sequence[Tensor]]
+    heads: Mapping[str, Tensor]
     attention: AttentionTerm | None
     scored: list[Scored] | None
 
@@ -101,6 +107,7 @@ class ChunkedLoss:
         trained = [self.head.hidden(part)[micro.positions] for part in output.chunk(1 + len(taps))]
         hiddens = [*trained, *(states[index] for states in self.views.values())]
         names = [*(f"layer{layer}" for layer in taps), *self.views]
+        weights = {1 + i: self.heads[name] for i, name in enumerate(names) if name in self.heads}
 
         def chunk_loss(vocabs: Sequence[VocabLogits], rows: slice) -> Tensor:
             own, *others = vocabs
@@ -109,7 +116,7 @@ class ChunkedLoss:
             metrics.merge(sums)
             return value
 
-        value = self.head.sum_of(chunk_loss, hiddens)
+        value = self.head.sum_of(chunk_loss, hiddens, weights)
         said.keep(micro)
         if self.attention is None:
             return value, metrics

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from megatron_reheat.parallel.vocab import DEFAULT_CHUNK_TOKENS, VocabLogits
 from megatron_reheat.parallel.vocab_kernels import chunks, compute_dtype
 
 ChunkLoss = Callable[[Sequence[VocabLogits], slice], Tensor]
+NO_WEIGHTS: Mapping[int, Tensor] = {}
 
 
 def head_loss(
@@ -24,6 +25,7 @@ def head_loss(
     group: dist.ProcessGroup | None = None,
     *,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    other_weights: Mapping[int, Tensor] = NO_WEIGHTS,
 ) -> Tensor:
     """A loss that is a sum over tokens, from hidden states and the head's weight: forward and backward chunk by chunk.
 
@@ -37,6 +39,7 @@ def head_loss(
         weight: [V/TP, H]. Where it has Megatron's `main_grad`, the gradient is added there at once; the result must then
             enter the total loss with factor one, which the backward pass checks.
         chunk_tokens: rows whose logits exist at a time, for every one of `hiddens`.
+        other_weights: by position in `hiddens`, the head of another model that predicts from these, which need no gradient.
 
     Returns:
         The sum of the shares, a scalar that carries gradient to `weight`, to the first of `hiddens` and to those of the
@@ -44,7 +47,9 @@ def head_loss(
     """
     if any(h.shape != hiddens[0].shape for h in hiddens):
         raise ValueError(f"hidden states have different shapes: {[tuple(h.shape) for h in hiddens]}")
-    total: Tensor = _HeadLoss.apply(weight, loss, vocab_size, group, chunk_tokens, *hiddens)
+    if any(hiddens[i].requires_grad for i in other_weights):
+        raise ValueError("another head has no gradient, so hidden states that it predicts from must not require one")
+    total: Tensor = _HeadLoss.apply(weight, loss, vocab_size, group, chunk_tokens, other_weights, *hiddens)
     return total
 
 
@@ -57,6 +62,7 @@ class _HeadLoss(torch.autograd.Function):
         vocab_size: int,
         group: dist.ProcessGroup | None,
         chunk_tokens: int,
+        other_weights: Mapping[int, Tensor],
         *hiddens: Tensor,
     ) -> Tensor:
         trained = [i for i, h in enumerate(hiddens) if i == 0 or h.requires_grad]
@@ -65,7 +71,10 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=compute_dtype(weight), device=weight.device)
 
         def take(rows: slice) -> None:  # a function, so that a chunk's logits are gone before the next ones are made
-            logits = [head_logits(h[rows], weight).requires_grad_(i in grads) for i, h in enumerate(hiddens)]
+            logits = [
+                head_logits(h[rows], other_weights.get(i, weight)).requires_grad_(i in grads)
+                for i, h in enumerate(hiddens)
+            ]
             with torch.enable_grad():
                 value = loss([VocabLogits(z, vocab_size, group, overwrite=True) for z in logits], rows)
             asked = [logits[i] for i in trained]
@@ -91,5 +100,5 @@ class _HeadLoss(torch.autograd.Function):
         grad_weight, *grads = ctx.saved_tensors
         if grad_weight is None:
             torch._assert_async(factor == 1, "a loss whose head gradient is in main_grad must not be scaled")
-            return None, None, None, None, None, *grads
-        return grad_weight * factor, None, None, None, None, *(None if g is None else g * factor for g in grads)
+            return None, None, None, None, None, None, *grads
+        return grad_weight * factor, None, None, None, None, None, *(None if g is None else g * factor for g in grads)

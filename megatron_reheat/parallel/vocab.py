@@ -147,6 +147,10 @@ class Vocabulary(ABC):
         """Jensen-Shannon divergence per position, in [0, ln 2] nats; otherwise as `kl_to`."""
         return self._compare(other, Comparison("js", temperature))
 
+    @abstractmethod
+    def flattened(self, temperature: float) -> Vocabulary:
+        """The same prediction with its logits divided by `temperature`, detached, over these where they may be overwritten."""
+
     def _compare(self, other: Vocabulary, comparison: Comparison) -> Tensor:
         mine, theirs = ((*v.shape, v.num_columns, v.vocab_size) for v in (self, other))
         if mine != theirs:
@@ -252,6 +256,13 @@ class VocabLogits(Vocabulary):
         value: Tensor = LogitsDivergence.apply(self._flat, self, other, comparison)
         return value.view(self.shape)
 
+    def flattened(self, temperature: float) -> VocabLogits:
+        logits = self.logits.detach()
+        out = logits if self.overwrite else torch.empty_like(logits)
+        return VocabLogits(
+            torch.div(logits, temperature, out=out), self.vocab_size, self.group, overwrite=self.overwrite
+        )
+
     @property
     def _flat(self) -> Tensor:
         return self.logits.reshape(-1, self.num_columns)
@@ -316,6 +327,10 @@ class VocabHead(Vocabulary):
             other.will_be_read()
         hidden = self._flat if rows is None else self._flat[rows]
         return self._spread(HeadDivergence.apply(hidden, self.weight, rows, self, other, comparison), rows)
+
+    def flattened(self, temperature: float) -> VocabHead:
+        hidden, weight = self.hidden.detach() / temperature, self.weight.detach()
+        return VocabHead(hidden, weight, self.vocab_size, self.group, mask=self.mask, chunk_tokens=self.chunk_tokens)
 
     @property
     def _flat(self) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 
 from megatron_reheat.clock import Clock
 from megatron_reheat.config import Config
 from megatron_reheat.data.prompts import PromptCursor
+from megatron_reheat.losses.reheat import TEACHER as READING
 from megatron_reheat.losses.reheat import reheat_loss
+from megatron_reheat.model.frozen_weights import FrozenWeights
 from megatron_reheat.model.master_weights import Snapshot
 from megatron_reheat.rollout.weight_sync import check_mismatch
 from megatron_reheat.stages.collect import rollout_metrics
@@ -19,6 +22,7 @@ from megatron_reheat.types import At, SamplingParams, Scores, TrainBatch, TrainS
 
 # the paper's rollouts; the teacher flattens the distribution that was sampled, so no other temperature is on-policy
 SAMPLING_TEMPERATURE = 1.0
+LAST_GOOD, TEACHER = SNAPSHOTS = ("last_good", "teacher")
 
 
 class ReheatStage:
@@ -28,8 +32,9 @@ class ReheatStage:
 
     The same steps cool a policy, by a teacher that is sharpened.
 
-    A run-away is seen one step late, on rollouts of what the update before made. `last_good` holds the weights from before
-    that update, the last ones whose entropy was measured and let pass. A round begins without, and they are saved with it.
+    A run-away is seen one step late, on rollouts of what the update before made. `LAST_GOOD` holds the weights from before
+    that update, the last ones whose entropy was measured and let pass; `TEACHER` those with which the round began, for a
+    frozen teacher (`reheat.teacher`). A round begins without either, and both are saved with it.
     """
 
     def __init__(
@@ -45,7 +50,13 @@ class ReheatStage:
         self._cursor = cursor
         self._stop_token_ids = stop_token_ids
         self._controller = controller
-        self.last_good: Snapshot | None = None
+        self.snapshots: dict[str, Snapshot] = {}
+        self._teacher: FrozenWeights | None = None
+
+    def go_on_with(self, snapshots: Mapping[str, Snapshot | None]) -> None:
+        """In the middle of a round, with what was saved of it; or outside of one, with nothing."""
+        self.snapshots = {name: snapshot for name, snapshot in snapshots.items() if snapshot is not None}
+        self._teacher = None
 
     def step(self, at: At) -> tuple[StepOutcome, Verdict]:
         clock, config, reheat = Clock(), self._config, self._config.reheat
@@ -54,33 +65,35 @@ class ReheatStage:
         groups = self._policy.sample(prompts, reheat.group_size, params, derive_seed(config.run.seed, at.step), clock)
         self._policy.rest()
         batch = TrainBatch(tuple(TrainSequence.of(g.prompt, c) for g in groups for c in g.completions))
-        verdict = Verdict.CONTINUE
+        verdict, engine = Verdict.CONTINUE, self._policy.engine
 
         def accept(metrics: dict[str, float], _: Scores | None) -> bool:
             nonlocal verdict
             check_mismatch(metrics["rollout/mismatch_kl"], config.rollout.mismatch_limit, self._policy.version)
             verdict = self._controller.judge_reheat(metrics["entropy/mean"])
             if verdict is Verdict.CONTINUE:
-                self.last_good = self._policy.engine.snapshot(into=self.last_good)
+                self.snapshots[LAST_GOOD] = engine.snapshot(into=self.snapshots.get(LAST_GOOD))
             return verdict is Verdict.CONTINUE
 
         with clock.phase("update"):
-            update = self._policy.engine.update(
+            readers = {} if reheat.teacher == "current" else {READING: self._frozen_teacher()}
+            update = engine.update(
                 batch,
                 partial(reheat_loss, teacher_temperature=reheat.teacher_temperature, direction=reheat.direction),
                 lr=reheat.lr,
                 weight_decay=reheat.weight_decay,
                 accept=accept,
+                views=dict.fromkeys(readers, batch),
+                readers=readers,
             )
         entropy = update.metrics["entropy/mean"]
         if not update.finite and not math.isfinite(entropy):
             verdict = self._controller.judge_reheat(entropy)  # weights that far away give no gradient to accept, either
-        rolled_back = verdict is Verdict.RUNAWAY and self.last_good is not None
+        rolled_back = verdict is Verdict.RUNAWAY and LAST_GOOD in self.snapshots
         if rolled_back:
-            assert self.last_good is not None
-            self._policy.engine.restore(self.last_good)
+            engine.restore(self.snapshots[LAST_GOOD])
         if verdict is not Verdict.CONTINUE:
-            self.last_good = None
+            self.go_on_with({})
         if update.applied or rolled_back:
             with clock.phase("sync"):
                 self._policy.publish(self._policy.version + 1)
@@ -90,3 +103,11 @@ class ReheatStage:
             metrics["reheat/rolled_back"] = float(rolled_back)
         # what was not finite is gone with the weights that made it
         return StepOutcome(metrics, groups, entropy, update.applied, update.finite or rolled_back, rolled_back), verdict
+
+    def _frozen_teacher(self) -> FrozenWeights:
+        """The policy with which the round began. A collective in a round's first step, and in the first after a restart."""
+        if TEACHER not in self.snapshots:
+            self.snapshots[TEACHER] = self._policy.engine.snapshot()
+        if self._teacher is None:
+            self._teacher = self._policy.engine.frozen_weights(self.snapshots[TEACHER])
+        return self._teacher

@@ -21,7 +21,7 @@ from megatron_reheat.model.carried_files import read_carried_files
 from megatron_reheat.model.checkpoint import (
     install_checkpoint_fixes,
     load_checkpoint,
-    load_last_good,
+    load_snapshot,
 )
 from megatron_reheat.model.checkpoint_save import CheckpointSaver, Contents
 from megatron_reheat.model.engine import Engine
@@ -46,7 +46,7 @@ from megatron_reheat.stages.inputs import Inputs, agree_on_date, read_inputs
 from megatron_reheat.stages.outcome import Stage, StepOutcome, derive_seed
 from megatron_reheat.stages.policy import FrozenSampler, Policy
 from megatron_reheat.stages.reference import Reference
-from megatron_reheat.stages.reheat import ReheatStage
+from megatron_reheat.stages.reheat import SNAPSHOTS, ReheatStage
 from megatron_reheat.stages.rlvr import RLVRStage
 from megatron_reheat.stages.run_state import RunState, other_version, read_run_state
 from megatron_reheat.stages.setbacks import not_finite, proven_checkpoint
@@ -434,9 +434,8 @@ class Run:
         load_checkpoint(self.engine, checkpoint)
         state = read_run_state(checkpoint)
         self.controller.state = ControllerState(**state.controller)
-        self.reheat.last_good = None
-        if self.controller.state.stage == "reheat":
-            self.reheat.last_good = load_last_good(self.engine, checkpoint)
+        within = self.controller.state.stage == "reheat"
+        self.reheat.go_on_with({n: load_snapshot(self.engine, checkpoint, n) for n in SNAPSHOTS if within})
         if own and state.method.get("name") == self._method_name:
             try:
                 self.method.load_state(state.method["state"])
@@ -488,7 +487,7 @@ class Run:
             self.state.step, asdict(self.state), self.config.checkpoint.keep, is_best, self._carried or {}
         )
         with self._held_up():
-            self._saver.begin(contents, self.reheat.last_good)
+            self._saver.begin(contents, self.reheat.snapshots)
         self._saved_step = self.state.step
         self._save_is_due = False
         if wait or not self._saver.in_background:

@@ -124,7 +124,7 @@ def _save_twice(config: Config) -> None:
             )  # fmt: skip
             save_checkpoint(
                 engine, folder.checkpoints, step, asdict(state), keep=9, is_best=step == 2,
-                last_good=engine.masters.copy(),
+                snapshots={"last_good": engine.masters.copy()},
                 carried=read_carried_files(dump_config(config), inputs.hf_folder),
             )  # fmt: skip
 

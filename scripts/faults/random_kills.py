@@ -306,8 +306,8 @@ def contents_of(checkpoint: Path) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile() as file:
         dcp_to_torch_save(checkpoint, file.name)
         contents: dict[str, Any] = torch.load(file.name, weights_only=False)
-    common = checkpoint / "common.pt"
-    return {**contents, "common.pt": torch.load(common, weights_only=False)}
+    common = checkpoint / "common.pt"  # which Megatron-Core 0.19 keeps among the others
+    return {**contents, **({common.name: torch.load(common, weights_only=False)} if common.exists() else {})}
 
 
 def is_same(one: Any, other: Any) -> bool:

@@ -520,29 +520,39 @@ def _bits(values: Tensor) -> Tensor:
 
 def _trip(folder: Path, checkpoints: Path, trip: list[dict[str, Any]]) -> dict[str, Any]:
     from megatron_reheat.losses.reheat import sft_loss
-    from megatron_reheat.model.checkpoint import load_checkpoint, load_last_good
+    from megatron_reheat.model.checkpoint import load_checkpoint, load_snapshot
     from megatron_reheat.model.checkpoint_save import save_checkpoint
 
     batch = random_batch(seed=7)
     with running_engine(folder, **trip[0]) as engine:
         for _ in range(2):
             engine.update(batch, sft_loss, lr=1e-3, weight_decay=0.1)
+        first, teacher = _state(engine), engine.snapshot()
+        engine.update(batch, sft_loss, lr=1e-3, weight_decay=0.1)
         start, last_good = _state(engine), engine.snapshot()
         engine.update(batch, sft_loss, lr=1e-2, weight_decay=0.1)
         end = {**_state(engine), **_moments(engine)}
         save_checkpoint(engine, checkpoints, 1, {}, keep=9)
-        absent = load_last_good(engine, checkpoints / "step-1") is None
-        save_checkpoint(engine, checkpoints, 2, {}, keep=9, last_good=last_good)
+        absent = load_snapshot(engine, checkpoints / "step-1", "last_good") is None
+        snapshots = {"last_good": last_good, "teacher": teacher}
+        save_checkpoint(engine, checkpoints, 2, {}, keep=9, snapshots=snapshots)
     for step, layout in enumerate([*trip[1:], trip[0]], start=3):
         with running_engine(folder, **layout) as engine:
             load_checkpoint(engine, checkpoints / f"step-{step - 1}")
-            last_good = load_last_good(engine, checkpoints / f"step-{step - 1}")
+            snapshots = {name: load_snapshot(engine, checkpoints / f"step-{step - 1}", name) for name in snapshots}
             if layout != trip[0]:
-                save_checkpoint(engine, checkpoints, step, {}, keep=9, last_good=last_good)
+                save_checkpoint(engine, checkpoints, step, {}, keep=9, snapshots=snapshots)
                 continue
             returned = _equal({**_state(engine), **_moments(engine)}, end)
-            engine.restore(last_good)
-            return {"absent": absent, "whole_state": returned, "last_good": _equal(_state(engine), start)}
+            reader = engine.frozen_weights(snapshots["teacher"])
+            untouched = _equal({**_state(engine), **_moments(engine)}, end)
+            with reader.in_place():
+                read_by = {name: weight.clone() for name, weight in engine.iter_hf_weights()}
+            engine.restore(snapshots["last_good"])
+            back = _equal(_state(engine), start)
+            engine.restore(snapshots["teacher"])
+            same = _equal(dict(engine.iter_hf_weights()), read_by) and _equal(_state(engine), first)
+            return {"absent": absent, "whole_state": returned and untouched, "last_good": back, "teacher": same}
     raise AssertionError("the trip has no way back")
 
 
@@ -555,7 +565,7 @@ def saves_in_background(folder: Path, checkpoints: Path, layouts: list[dict[str,
 def _save_behind_updates(folder: Path, checkpoints: Path, layout: dict[str, Any]) -> dict[str, Any]:
     from megatron_reheat.errors import ReheatError
     from megatron_reheat.losses.reheat import sft_loss
-    from megatron_reheat.model.checkpoint import load_checkpoint, load_last_good
+    from megatron_reheat.model.checkpoint import load_checkpoint, load_snapshot
     from megatron_reheat.model.checkpoint_save import CheckpointSaver, Contents
     from megatron_reheat.model.host_copy import HostCopy
 
@@ -576,7 +586,7 @@ def _save_behind_updates(folder: Path, checkpoints: Path, layout: dict[str, Any]
             before = engine.snapshot()
             engine.update(batch, sft_loss, lr=1e-3, weight_decay=0.1)
             saved = {**_state(engine), **_moments(engine)}
-            saver.begin(Contents(step, {"step": step}, keep=1), before)
+            saver.begin(Contents(step, {"step": step}, keep=1), {"last_good": before})
             memory.append([buffer.data_ptr() for buffer in saver._buffers._buffers])
             for _ in range(2):
                 engine.update(batch, sft_loss, lr=1e-2, weight_decay=0.1)
@@ -587,7 +597,7 @@ def _save_behind_updates(folder: Path, checkpoints: Path, layout: dict[str, Any]
             moved = not _equal(_state(engine), {name: saved[name] for name in _state(engine)})
             load_checkpoint(engine, path)
             same = _equal({**_state(engine), **_moments(engine)}, saved)
-            restored.append((moved, same, _equal(load_last_good(engine, path), before)))
+            restored.append((moved, same, _equal(load_snapshot(engine, path, "last_good"), before)))
         complete = names()
         engine.topology.barrier()  # the next save's folder is made by one rank
         may_write.clear()

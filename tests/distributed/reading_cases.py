@@ -15,6 +15,7 @@ from tests.distributed.cases import random_batch, running_engine
 
 TEMPERATURES = {"teacher": 1.0, "tap": 1.3}
 KL_COEF, TAP_COEF = 0.5, 0.7
+FLATTENED_AT = 1.3
 CLIP = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
 
 
@@ -115,3 +116,54 @@ def dense_first_step(folder: Path, taps: tuple[int, ...]) -> dict[str, float]:
     norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters() if p.grad is not None))
     metrics = {name: value / total_tokens for name, value in sums.items() if name != "loss"}
     return {**metrics, "optimizer/grad_norm": float(norm)}
+
+
+def train_by_frozen_teacher(runs: list[tuple[Path, str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Per model, direction and layout: a step away from the teacher, then two towards what it says at a higher temperature."""
+    return [_train_by_frozen_teacher(folder, direction, **layout) for folder, direction, layout in runs]
+
+
+def _train_by_frozen_teacher(folder: Path, direction: Any, **layout: Any) -> dict[str, Any]:
+    from megatron_reheat.losses.reheat import TEACHER, reheat_loss, sft_loss
+
+    with running_engine(folder, **layout) as engine:
+        teacher = engine.frozen_weights(engine.snapshot())
+        engine.update(random_batch(seed=40), sft_loss, lr=1e-2, weight_decay=0.0)
+        moved = {n: t.clone() for n, t in engine.iter_hf_weights()}
+        loss, history = partial(reheat_loss, teacher_temperature=FLATTENED_AT, direction=direction), []
+        for step in range(2):
+            batch = random_batch(seed=41 + step)
+            views, readers = {TEACHER: batch}, {TEACHER: teacher}
+            history.append(engine.update(batch, loss, lr=1e-3, weight_decay=0.0, views=views, readers=readers).metrics)
+        weights = {n: t.clone() for n, t in engine.iter_hf_weights()}
+        return {"layout": layout, "metrics": history, "moved": moved, "weights": weights}
+
+
+def dense_step_by_frozen_teacher(folder: Path, direction: str, moved: dict[str, Tensor]) -> dict[str, float]:
+    """The first of these steps, with transformers and autograd in float64: metrics and the gradient's norm."""
+    from transformers import AutoModelForCausalLM
+
+    teacher, policy = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager") for _ in "ab"
+    )
+    policy.load_state_dict({n: t.double() for n, t in moved.items()}, strict=False)
+    policy.tie_weights()
+    batch = random_batch(seed=41)
+    total_tokens = sum(s.num_response_tokens for s in batch.sequences)
+    kl, entropy, teacher_entropy = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    for s in batch.sequences:
+        ids = torch.from_numpy(s.token_ids.astype(np.int64))[None]
+        at = slice(s.num_prompt_tokens - 1, -1)
+        with torch.no_grad():
+            log_t = (teacher(ids).logits[0, at] / FLATTENED_AT).log_softmax(-1)
+        log_p = policy(ids).logits[0, at].log_softmax(-1)
+        first, second = (log_t, log_p) if direction == "forward" else (log_p, log_t)
+        kl = kl + (first.exp() * (first - second)).sum() / total_tokens
+        entropy -= (log_p.exp() * log_p).detach().sum() / total_tokens
+        teacher_entropy -= (log_t.exp() * log_t).sum() / total_tokens
+    kl.backward()
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in policy.parameters() if p.grad is not None))
+    return {
+        "reheat/kl": float(kl.detach()), "entropy/mean": float(entropy), "reheat/teacher_entropy": float(teacher_entropy),
+        "optimizer/grad_norm": float(norm),
+    }  # fmt: skip

@@ -172,7 +172,7 @@ def test_a_rollback_restores_master_weights_and_weights_to_the_bit(rollbacks, in
 
 def test_checkpoints_of_every_layout_keep_the_bits_of_weights_moments_and_last_good_weights(rollbacks):
     for rank in rollbacks:
-        assert rank["trip"] == {"absent": True, "whole_state": True, "last_good": True}
+        assert rank["trip"] == {"absent": True, "whole_state": True, "last_good": True, "teacher": True}
 
 
 def test_model_chunks_that_are_split_over_replicas_roll_back_and_come_back_to_the_bit(folder, tmp_path):
@@ -180,7 +180,7 @@ def test_model_chunks_that_are_split_over_replicas_roll_back_and_come_back_to_th
     for rank in ranks:
         (update,) = rank["updates"]
         assert update["unchanged"] and update["restored"] and update["repeats"] and update["beyond_bfloat16"]
-        assert rank["trip"] == {"absent": True, "whole_state": True, "last_good": True}
+        assert rank["trip"] == {"absent": True, "whole_state": True, "last_good": True, "teacher": True}
 
 
 @pytest.fixture(scope="module")

@@ -203,7 +203,7 @@ class ScriptedRun(Run):
             write_rollouts=lambda *_: None,
             sync=lambda: None,
             engine_restarts=0,
-            last_good=None,
+            snapshots={},
             forget=lambda: None,
             publish=lambda version: setattr(parts, "version", version),
             is_main=True,
@@ -240,7 +240,7 @@ class ScriptedSaver:
     def step(self) -> int | None:
         return None if self.contents is None else self.contents.step
 
-    def begin(self, contents: Contents, last_good: None) -> None:
+    def begin(self, contents: Contents, snapshots: dict) -> None:
         assert self.contents is None
         self.contents, self.borders = contents, 0
 

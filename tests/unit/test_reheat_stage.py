@@ -14,7 +14,7 @@ from megatron_reheat.metrics import MetricSums
 from megatron_reheat.model.engine import UpdateResult
 from megatron_reheat.recipe import parse_config
 from megatron_reheat.stages.controller import Controller, ControllerState, Verdict
-from megatron_reheat.stages.reheat import ReheatStage
+from megatron_reheat.stages.reheat import LAST_GOOD, ReheatStage
 from megatron_reheat.types import At, Completion, Group, Prompt, Reward
 
 CONFIG = parse_config(
@@ -101,7 +101,7 @@ def test_a_runaway_goes_back_to_the_last_weights_that_were_measured_and_let_pass
     stage, controller, policy = reheating(trainer)
     assert steps(stage, controller, len(entropies)) == verdicts
     assert trainer.weights == weights
-    assert stage.last_good is None
+    assert stage.snapshots == {}
     updates = sum(v is Verdict.CONTINUE for v in verdicts) - sum(isinstance(e, tuple) for e in entropies)
     assert trainer.copies == updates
     assert policy.version == updates + 1  # one for each, one for the way back
@@ -111,7 +111,7 @@ def test_an_update_that_would_overshoot_is_not_made_and_nothing_is_undone():
     trainer = Trainer(0.05, 0.13)
     stage, controller, policy = reheating(trainer)
     assert steps(stage, controller, 2) == [Verdict.CONTINUE, Verdict.TARGET_REACHED]
-    assert (trainer.weights, policy.version, stage.last_good) == (1, 1, None)
+    assert (trainer.weights, policy.version, stage.snapshots) == (1, 1, {})
 
 
 def test_two_rounds_that_run_away_each_go_back_to_their_own_weights():
@@ -130,7 +130,7 @@ def test_after_a_restart_it_says_whether_it_went_back(kept):
     trainer.weights = 5
     state = ControllerState(stage="reheat", round=1, stage_steps=3, recent_entropies=[0.05, 0.06, 0.07])
     stage, controller, policy = reheating(trainer, state)
-    stage.last_good = {"w": torch.tensor(4)} if kept else None
+    stage.go_on_with({LAST_GOOD: {"w": torch.tensor(4)} if kept else None})
     outcome, verdict = stage.step(at(1))
     assert verdict is Verdict.RUNAWAY
     assert outcome.rolled_back is kept and outcome.metrics["reheat/rolled_back"] == kept
