@@ -166,12 +166,7 @@ class SeedRuns:
         self.controller, self.k = plain.controller, plain.eval.num_samples
 
     def measurements(self) -> Measurements:
-        start = self.run(START, run={"steps": 0})
-        trunk = self.run(TRUNK, run={"fork_from": self.place(START), **({"steps": 4} if self.settings.quick else {})})
-        self.rl_steps = sum(r["stage"] == "rlvr" for r in trunk)
-        if trunk[-1].get("event") is None:
-            raise RuntimeError(f"seed {self.seed} did not collapse within run.steps; raise it in {RECIPE}")
-
+        trunk, start = self.collapse(), self.run(START, run={"steps": 0})
         forward = self.reheat(TEMPERATURES[0], "forward", self.settings.steps)
         entropies = {str(TEMPERATURES[0]): values_of(forward, "entropy/mean")}
         target_step = first_beyond(entropies[str(TEMPERATURES[0])], self.controller.reheat_to)
@@ -205,6 +200,19 @@ class SeedRuns:
             **self.compared(collapsed, reheated),
             **self.cooled(collapsed, reheated, entropies["1.2"][0]),
         )
+
+    def collapse(self) -> list[Record]:
+        """RL until the entropy collapses, which the other runs go on from.
+
+        Raises:
+            RuntimeError: it did not.
+        """
+        self.run(START, run={"steps": 0})
+        trunk = self.run(TRUNK, run={"fork_from": self.place(START), **({"steps": 4} if self.settings.quick else {})})
+        self.rl_steps = sum(r["stage"] == "rlvr" for r in trunk)
+        if trunk[-1].get("event") is None:
+            raise RuntimeError(f"seed {self.seed} did not collapse within run.steps; raise it in {RECIPE}")
+        return trunk
 
     # -- runs ------------------------------------------------------------------------------------------------------
 
