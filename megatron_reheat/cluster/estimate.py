@@ -75,12 +75,15 @@ class Estimate(Memory):
         return batches * copied + (batches - 1) * self.sync_seconds()
 
     def reheat_step(self) -> dict[str, float]:
-        """No score phase: the teacher is the student's own logits. The update keeps a copy of the weights on the host."""
+        """No score phase: the teacher is the student's own logits, or a frozen one reads the batch first, whose weights and the
+        policy's change places. The update keeps a copy of the weights on the host."""
         batch = self.reheat_batch
-        snapshot = self.snapshot_bytes() / self.gpu.constants.host_copy_bytes_s
-        update = (
-            self.pass_seconds(batch, training=True) + self.optimizer_seconds() + snapshot + self.gpu.constants.step_s
-        )
+        copied = self.snapshot_bytes()
+        update = self.pass_seconds(batch, training=True) + self.optimizer_seconds() + self.gpu.constants.step_s
+        if self.has_frozen_teacher:
+            update += self.pass_seconds(batch, training=False)
+            copied += 4 * self.stage_parameters(0) * VALUE_BYTES[self.config.model.dtype]
+        update += copied / self.gpu.constants.host_copy_bytes_s
         return {"rollout": self.rollout_seconds(batch), "score": 0.0, "update": update, "sync": self.sync_seconds()}
 
     def rollout_seconds(self, batch: Batch) -> float:

@@ -36,6 +36,8 @@ class Memory(Workload):
         training = {f"activations (recompute: {c.model.recompute})": self.activation_bytes(stage)}
         if stage == c.parallel.pipeline - 1:
             training["fused LM head" if c.model.fused_head else "logits"] = self.head_bytes()
+            if read := self.read_bytes():
+                training["a teacher's hidden states"] = read
         sampling = [
             {f"{name}: weights": e.engine_weight_bytes, f"{name}: KV cache": e.kv_cache_bytes}
             for name, e in {"vLLM": self, **self.samplers}.items()
@@ -70,6 +72,26 @@ class Memory(Workload):
     def reference_bytes(self, stage: int = 0) -> float:
         """In host memory for each GPU of a pipeline stage, all through the run: this rank's weights of the reference."""
         return float(self.stage_parameters(stage) * VALUE_BYTES[self.config.model.dtype]) if self.has_reference else 0.0
+
+    @property
+    def has_frozen_teacher(self) -> bool:
+        """Whether reheating is towards the policy with which a round began."""
+        return self.config.controller.trains and self.config.reheat.teacher == "frozen"
+
+    def teacher_bytes(self, stage: int = 0) -> float:
+        """In host memory for each GPU of a pipeline stage, while reheating: a frozen teacher's float32 weights, as for a rollback,
+        and this rank's to read with."""
+        own = self.stage_parameters(stage) * VALUE_BYTES[self.config.model.dtype]
+        return self.snapshot_bytes(stage) + own if self.has_frozen_teacher else 0.0
+
+    def read_bytes(self) -> float:
+        """On the last stage: final hidden states of what is read beside the policy's own, kept through the update; and a frozen
+        teacher's head."""
+        batches = [self.rl_batch] * (self.costs.read > 0) + [self.reheat_batch] * self.has_frozen_teacher
+        responses = [b.tokens_per_block * b.lengths.mean / (b.prompt_tokens + b.lengths.mean) for b in batches]
+        head = padded_vocab_size(self.model.vocab_size, self.config) // self.config.parallel.tensor
+        rows = max(responses, default=0.0) / self.config.parallel.context + self.has_frozen_teacher * head
+        return rows * self.model.hidden_size * VALUE_BYTES[self.config.model.dtype]
 
     def stage_parameters(self, stage: int) -> int:
         """Of one tensor-parallel rank of pipeline stage `stage`, vocabulary padding included."""
@@ -111,7 +133,7 @@ class Memory(Workload):
     def head_bytes(self) -> float:
         """Three float32 tensors [chunk, V/TP] for each vocabulary with a gradient, one for a teacher's; without the fused head
         the logits [micro-batch, V/TP] as well."""
-        c, tensors = self.config, 3 * (1 + self.costs.heads) + (self.costs.read > 0)
+        c, tensors = self.config, 3 * (1 + self.costs.heads) + (self.costs.read > 0 or self.has_frozen_teacher)
         tokens = c.parallel.microbatch_tokens / c.parallel.context
         columns = padded_vocab_size(self.model.vocab_size, c) // c.parallel.tensor
         chunk = tensors * 4 * min(c.model.head_chunk_tokens, tokens) * columns

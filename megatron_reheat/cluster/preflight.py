@@ -308,6 +308,7 @@ def _memory_table(e: Estimate) -> Table:
     table.add_section()
     table.add_row(f"total of {e.gpu.memory_gib:g}", f"{sum(parts.values()) / GIB:.2f}")
     on_host = {"weights for a rollback": e.snapshot_bytes} if e.config.controller.trains else {}
+    on_host |= {"the frozen teacher": e.teacher_bytes} if e.has_frozen_teacher else {}
     on_host |= {"the reference policy": e.reference_bytes} if e.has_reference else {}
     stages = (0, e.config.parallel.pipeline - 1)
     held = {name: max(map(size, stages)) / GIB for name, size in on_host.items()}

@@ -33,6 +33,8 @@ def whole(root):
     """One uninterrupted run through every stage; the others are compared with it."""
     recipe = runs.conversational(runs.recipe(root / "model", root), root)
     recipe["checkpoint"] = {**recipe["checkpoint"], "borders": True}
+    # which a checkpoint in the middle of a round has to keep; other runs have the paper's
+    recipe["reheat"] = {**recipe["reheat"], "teacher": "frozen"}
     recipe["logging"] = {"rollouts_per_step": 12}  # as many prompts as a reheating step has
     config = runs.write_recipe(recipe, root / "whole.yaml")
     result = runs.reheat("train", str(config), "run.name=whole", KEEP_BEST)

@@ -28,6 +28,7 @@ from megatron_reheat.cluster.workload import FrozenShape, Lengths
 from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.model.architecture import LLAMA_31_8B, QWEN, QWEN3, QWEN25, Architecture, read_architecture
+from megatron_reheat.model.provider import padded_vocab_size
 from megatron_reheat.recipe import apply_override, load_config, parse_config
 from megatron_reheat.rollout.engine_options import engine_options
 from megatron_reheat.stages.engines import with_fixed_cache
@@ -262,6 +263,26 @@ def test_a_rollback_keeps_float32_weights_on_the_host(parallel: dict[str, Any], 
     )
     seconds = other.reheat_step()["update"] - estimate.reheat_step()["update"]
     assert seconds == pytest.approx(4 * count, rel=1e-6)
+
+
+def test_a_frozen_teacher_takes_memory_and_a_pass() -> None:
+    paper = tiny(4, model={"dtype": "bfloat16"})
+    frozen = tiny(4, model={"dtype": "bfloat16"}, reheat={"max_tokens": 64, "teacher": "frozen"})
+    assert paper.teacher_bytes() == paper.read_bytes() == 0
+    assert frozen.teacher_bytes() == frozen.snapshot_bytes() + 2 * TINY.num_parameters
+    batch = frozen.reheat_batch
+    states = batch.tokens_per_block * batch.lengths.mean / (batch.prompt_tokens + batch.lengths.mean)
+    assert frozen.read_bytes() == pytest.approx(
+        2 * TINY.hidden_size * (states + padded_vocab_size(TINY.vocab_size, frozen.config))
+    )
+    assert sum(frozen.memory().values()) > sum(paper.memory().values())
+    swaps = 4 * 2 * TINY.num_parameters / frozen.gpu.constants.host_copy_bytes_s
+    more = frozen.pass_seconds(batch, training=False) + swaps
+    assert frozen.reheat_step()["update"] - paper.reheat_step()["update"] == pytest.approx(more)
+    off = tiny(
+        4, model={"dtype": "bfloat16"}, reheat={"max_tokens": 64, "teacher": "frozen"}, controller={"action": "none"}
+    )
+    assert off.memory() == tiny(4, model={"dtype": "bfloat16"}, controller={"action": "none"}).memory()
 
 
 def test_check_states_the_host_memory_of_a_rollback() -> None:
