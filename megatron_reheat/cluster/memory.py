@@ -79,8 +79,8 @@ class Memory(Workload):
         return self.config.controller.trains and self.config.reheat.teacher == "frozen"
 
     def teacher_bytes(self, stage: int = 0) -> float:
-        """In host memory for each GPU of a pipeline stage, while reheating: a frozen teacher's float32 weights, as for a rollback,
-        and this rank's to read with."""
+        """In host memory for each GPU of a pipeline stage, while reheating: a frozen teacher's float32 weights, as for a
+        rollback, and this rank's to read with."""
         own = self.stage_parameters(stage) * VALUE_BYTES[self.config.model.dtype]
         return self.snapshot_bytes(stage) + own if self.has_frozen_teacher else 0.0
 
