@@ -22,7 +22,7 @@ from megatron_reheat.types import At, SamplingParams, Scores, TrainBatch, TrainS
 
 # the paper's rollouts; the teacher flattens the distribution that was sampled, so no other temperature is on-policy
 SAMPLING_TEMPERATURE = 1.0
-LAST_GOOD, TEACHER = SNAPSHOTS = ("last_good", "teacher")
+LAST_GOOD, TEACHER = "last_good", "teacher"
 
 
 class ReheatStage:
@@ -52,6 +52,11 @@ class ReheatStage:
         self._controller = controller
         self.snapshots: dict[str, Snapshot] = {}
         self._teacher: FrozenWeights | None = None
+
+    @property
+    def snapshot_names(self) -> tuple[str, ...]:
+        """Of the weights that a checkpoint in the middle of a round may have for it."""
+        return (LAST_GOOD,) if self._config.reheat.teacher == "current" else (LAST_GOOD, TEACHER)
 
     def go_on_with(self, snapshots: Mapping[str, Snapshot | None]) -> None:
         """In the middle of a round, with what was saved of it; or outside of one, with nothing."""
@@ -105,7 +110,8 @@ class ReheatStage:
         return StepOutcome(metrics, groups, entropy, update.applied, update.finite or rolled_back, rolled_back), verdict
 
     def _frozen_teacher(self) -> FrozenWeights:
-        """The policy with which the round began. A collective in a round's first step, and in the first after a restart."""
+        """The policy with which the round began, or as it was when this run went on with a round of another teacher's. A
+        collective in a round's first step, and in the first after a restart."""
         if TEACHER not in self.snapshots:
             self.snapshots[TEACHER] = self._policy.engine.snapshot()
         if self._teacher is None:

@@ -46,7 +46,7 @@ from megatron_reheat.stages.inputs import Inputs, agree_on_date, read_inputs
 from megatron_reheat.stages.outcome import Stage, StepOutcome, derive_seed
 from megatron_reheat.stages.policy import FrozenSampler, Policy
 from megatron_reheat.stages.reference import Reference
-from megatron_reheat.stages.reheat import SNAPSHOTS, ReheatStage
+from megatron_reheat.stages.reheat import ReheatStage
 from megatron_reheat.stages.rlvr import RLVRStage
 from megatron_reheat.stages.run_state import RunState, other_version, read_run_state
 from megatron_reheat.stages.setbacks import not_finite, proven_checkpoint
@@ -434,8 +434,8 @@ class Run:
         load_checkpoint(self.engine, checkpoint)
         state = read_run_state(checkpoint)
         self.controller.state = ControllerState(**state.controller)
-        within = self.controller.state.stage == "reheat"
-        self.reheat.go_on_with({n: load_snapshot(self.engine, checkpoint, n) for n in SNAPSHOTS if within})
+        names = self.reheat.snapshot_names if self.controller.state.stage == "reheat" else ()
+        self.reheat.go_on_with({name: load_snapshot(self.engine, checkpoint, name) for name in names})
         if own and state.method.get("name") == self._method_name:
             try:
                 self.method.load_state(state.method["state"])
