@@ -45,7 +45,6 @@ RECIPE = "yaml/countdown_cpu.yaml"
 WARM_UP_STEPS = 5
 REPEATS = 7
 OVERHEAD_TARGET = 0.15
-SYNC_SLACK_S = 0.050
 LARGER = {"10M": (6, 416), "100M": (10, 1024)}  # layers, hidden size of the demo's architecture
 PHASES = ("rollout", "reward", "score", "update", "sync", "other")
 COMPUTE = ("rollout", "score", "update")
@@ -136,16 +135,34 @@ def sync_row(parts: Parts, label: str) -> Row:
         version += 1
         return parts.policy.publish(version)
 
+    alone = vllm_alone(parts, [[1]])
+    alone.close()
     num_bytes = publish().num_bytes
-    took = seconds(publish)
     source, target = torch.ones(num_bytes, dtype=torch.uint8), torch.zeros(num_bytes, dtype=torch.uint8)
+    took = seconds(publish)
     copy = seconds(lambda: target.copy_(source))
-    verdict = "ok" if took <= 2 * copy + SYNC_SLACK_S else "MISSED"
+    limit = 2 * copy + alone.repack_s
     return (
         f"weight sync, {label}, {num_bytes / 1e6:.1f} MB",
         f"{1e3 * took:.1f} ms = {num_bytes / took / 1e9:.2f} GB/s",
-        f"copy {1e3 * copy:.2f} ms = {num_bytes / copy / 1e9:.1f} GB/s",
-        f"target 2x + {1e3 * SYNC_SLACK_S:.0f} ms: {verdict}",
+        f"copy {1e3 * copy:.2f} ms, vLLM's repacking {1e3 * alone.repack_s:.1f} ms",
+        f"target 2 copies and repacking, {1e3 * limit:.1f} ms: {'ok' if took <= limit else 'MISSED'}",
+    )
+
+
+def vllm_alone(parts: Parts, prompts: list[list[int]]) -> VLLMAlone:
+    config, rollout, inputs = parts.config, parts.config.rollout, parts.inputs
+    return VLLMAlone(
+        {
+            "model": str(inputs.hf_folder),
+            "dtype": config.model.dtype,
+            "max_model_len": inputs.max_model_len,
+            "kv_cache_memory_bytes": (rollout.kv_cache_mb or 0) << 20,
+            **rollout.model_dump(include={"max_num_seqs", "enforce_eager"}),
+        },
+        {"n": config.rl.group_size, "max_tokens": rollout.max_tokens, "stop_token_ids": list(inputs.stop_token_ids)},
+        prompts,
+        threads=rollout.threads or 1,
     )
 
 
@@ -153,19 +170,7 @@ def part_rows(parts: Parts) -> list[Row]:
     config, rl = parts.config, parts.config.rl
     prompts = list(parts.inputs.prompts)[: rl.prompts_per_step]
     params = SamplingParams(1.0, config.rollout.max_tokens, stop_token_ids=parts.inputs.stop_token_ids)
-    rollout = config.rollout
-    alone = VLLMAlone(
-        {
-            "model": str(parts.inputs.hf_folder),
-            "dtype": config.model.dtype,
-            "max_model_len": parts.inputs.max_model_len,
-            "kv_cache_memory_bytes": (rollout.kv_cache_mb or 0) << 20,
-            **rollout.model_dump(include={"max_num_seqs", "enforce_eager"}),
-        },
-        {"n": rl.group_size, "max_tokens": params.max_tokens, "stop_token_ids": list(params.stop_token_ids)},
-        [list(p.token_ids) for p in prompts],
-        threads=rollout.threads or 1,
-    )
+    alone = vllm_alone(parts, [list(p.token_ids) for p in prompts])
     seen: list[dict[str, float]] = []
     for seed in range(REPEATS + 1):  # in turns, so that all meet the same load from others
         forms = {}

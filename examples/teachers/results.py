@@ -37,7 +37,7 @@ class Outcome:
     @classmethod
     def of(cls, arm: str, seed: int, collapsed: Score, records: Sequence[Record]) -> Outcome:
         reheated = [r for r in records if r["stage"] == "reheat"]
-        changed = reheated or ([records[0]] if arm == FLATTEN else [])
+        changed = reheated or [r for r in records if "flatten/temperature" in r][:1]
         reached = bool(changed) and ("reheated" in str(changed[-1].get("event")) or arm == FLATTEN)
         border = Score.of(changed) if changed else None
         return cls(arm, seed, len(reheated), reached, collapsed, border, Score.of(records))
