@@ -1,4 +1,5 @@
-"""What a process under test hears, whoever started the tests: a shell in the background ignores SIGINT, nohup SIGHUP."""
+"""What a process under test hears, whoever started the tests: a shell in the background ignores SIGINT and SIGQUIT,
+nohup SIGHUP."""
 
 from __future__ import annotations
 
@@ -7,5 +8,5 @@ import signal
 
 def hear_signals() -> None:
     """For `preexec_fn`."""
-    for number in (signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
