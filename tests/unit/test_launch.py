@@ -44,12 +44,15 @@ def test_a_terminal_that_closes(tmp_path: Path, ignored: str, status: int) -> No
         preexec_fn=hear_signals,
     )
     assert process.stdout is not None
-    ranks = [process.stdout.readline().split() for _ in range(2)]
-    hangup = IGNORED if ignored == "SIGHUP" else DEFAULT
-    assert ranks == [["True", *map(str, (DEFAULT, hangup, DEFAULT))]] * 2
-    os.killpg(process.pid, signal.SIGHUP)
-    if not status:
-        (tmp_path / "go").touch()
-    _, errors = process.communicate(timeout=120)
+    try:
+        ranks = [process.stdout.readline().split() for _ in range(2)]
+        hangup = IGNORED if ignored == "SIGHUP" else DEFAULT
+        assert ranks == [["True", *map(str, (DEFAULT, hangup, DEFAULT))]] * 2
+        os.killpg(process.pid, signal.SIGHUP)
+        if not status:
+            (tmp_path / "go").touch()
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()  # its ranks end with it
     assert process.returncode == status, errors
     assert ("error: stopped by SIGHUP" in errors) == bool(status)
