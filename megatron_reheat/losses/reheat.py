@@ -27,11 +27,11 @@ def reheat_loss(
     loss = torch.where(counted, kl, 0.0).mul(micro.loss_weights).sum()
 
     # float64: of two nearly equal policies, float32 leaves nothing of e^r - 1 - r
-    gap = torch.where(counted, logprobs.detach() - micro.rollout_logprobs, 0.0).double()
+    gap = torch.where(counted, logprobs - micro.rollout_logprobs, 0.0).double()
     rows = {
         "reheat/kl": kl.detach(),
         "reheat/teacher_entropy": teacher_entropy,
-        "entropy/mean": entropy.detach(),
+        "entropy/mean": entropy,
         "rollout/mismatch_kl": torch.expm1(gap) - gap,
         "rollout/mismatch_abs_mean": gap.abs(),
     }

@@ -172,6 +172,18 @@ def test_killed_in_the_middle_of_reheating_it_resumes_bit_exactly(whole):
         assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+def test_a_round_that_goes_on_after_its_first_update_has_the_teacher_with_which_it_began(whole):
+    config, folder, _ = whole
+    cut = folder.parent / "cut"
+    runs.train(config, "run.name=cut", "run.steps=3")
+    last = runs.steps_of(cut)[-1]
+    assert (last["step"], last["stage"]) == (9, "reheat") and "event" not in last
+    runs.train(config, "run.name=cut")
+    assert [s["stage"] for s in runs.steps_of(cut) if s["stage"] != "sft"] == runs.STAGES
+    after, expected = border(cut, "after"), border(folder, "after")
+    assert after.keys() == expected.keys() and all(torch.equal(after[name], expected[name]) for name in expected)
+
+
 @pytest.fixture(scope="module")
 def trunk(whole):
     """The same run, told to stop at its collapse."""

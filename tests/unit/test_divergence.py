@@ -43,6 +43,23 @@ def norm_error(actual: Tensor, expected: list[float]) -> float:
 CASES = [*zip(LOGIT_CASES, LOGIT_CASES, strict=True), *zip(LOGIT_CASES, LOGIT_CASES[1:] + LOGIT_CASES[:1], strict=True)]
 
 
+@pytest.mark.parametrize("form", ["logits", "logits that may be overwritten", "head"])
+def test_a_flattened_prediction_is_that_of_divided_logits(form):
+    hidden, weight = make_logits(LOGIT_CASES[0], NUM_TOKENS, HIDDEN), make_logits(LOGIT_CASES[0], VOCAB, HIDDEN, seed=2)
+    logits = hidden @ weight.t()
+    expected = VocabLogits(logits / 1.5, VOCAB).logprobs(torch.arange(NUM_TOKENS))
+    if form == "head":
+        given: Vocabulary = VocabHead(hidden.requires_grad_(), weight.requires_grad_(), VOCAB)
+    else:
+        given = VocabLogits(logits.clone().requires_grad_(), VOCAB, overwrite="may" in form)
+    found = given.flattened(1.5).logprobs(torch.arange(NUM_TOKENS))
+    assert not found.logprobs.requires_grad
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+    if isinstance(given, VocabLogits):
+        assert torch.equal(given.logits.detach(), logits) is ("may" not in form)
+
+
 @pytest.mark.parametrize(("case", "other_case"), CASES)
 @pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
