@@ -140,15 +140,20 @@ def launch_here(num_processes: int, run: Sequence[str] | Callable[[], int], fold
             forked, with all that is imported by then, for its exit status.
     """
     import psutil  # noqa: F401  # not in a thread of this process while a rank is forked, which would wait for it for ever
+    from torch.distributed import TCPStore
     from torch.distributed.launcher.api import LaunchConfig
 
+    # The static rendezvous of a single machine shares this store's server, and so its port. torchrun's dynamic one looks
+    # through all modules of this process again and again, to name the function that calls it: seconds where Megatron is one.
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=num_processes,
         run_id=RUN_ID_PREFIX + uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_backend="static",
+        rdzv_endpoint=f"{store.host}:{store.port}",
+        rdzv_configs={"rank": 0},
         monitor_interval=0.2,
         max_restarts=0,  # a restart would only meet the same error; engines are restarted by `Policy`
         start_method="fork",

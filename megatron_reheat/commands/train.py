@@ -70,7 +70,13 @@ def _launch(config: Config, world_size: int, recipe: Path, overrides: Sequence[s
             _import_training()
             run = partial(reporting_errors, partial(_run, config, world_size, fork_server))
         announce(f"starting {world_size} ranks")
-        return launch_here(world_size, run, folder)
+        status = launch_here(world_size, run, folder)
+    if callable(run):
+        # the interpreter's own end would look through all of torch and Megatron for garbage: seconds, and nothing is left to do
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _check_gpu_start(config: Config, world_size: int, force: bool) -> None:

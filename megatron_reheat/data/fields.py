@@ -6,6 +6,7 @@ import math
 import re
 import string
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from numbers import Number
 from typing import Any
 
@@ -86,8 +87,11 @@ class _NoText(Exception):
 
 
 class _Filler(string.Formatter):
+    def parse(self, template: str) -> list[Any]:  # type: ignore[override]  # an iterable would do, and a list can be kept
+        return _parsed(template)
+
     def format_field(self, value: Any, spec: str) -> str:
-        if any(int(number) > MAX_WIDTH for number in re.findall(r"\d{1,9}", spec)):
+        if spec and any(int(number) > MAX_WIDTH for number in re.findall(r"\d{1,9}", spec)):
             raise ValueError(f"a width above {MAX_WIDTH}")
         return super().format_field(value, spec)
 
@@ -101,6 +105,12 @@ class _Filler(string.Formatter):
                 raise
             value, _ = super().get_field(name, args, fields)
         return _as_text(name, value), name
+
+
+@lru_cache(maxsize=64)
+def _parsed(template: str) -> list[Any]:
+    """Of a template, or of what a field of it says of its width."""
+    return list(string.Formatter().parse(template))
 
 
 def _as_text(name: str, value: Any) -> Any:

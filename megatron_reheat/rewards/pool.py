@@ -121,6 +121,7 @@ class VerifierPool:
         self._thread: threading.Thread | None = None
         self._bell: tuple[int, int] | None = None  # a pipe that wakes the thread
         self._closing = False
+        self._early = False  # all workers are wanted before there is work for them
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -145,6 +146,15 @@ class VerifierPool:
                 self._give_up(ReheatError("the graders were ended before they had graded everything"))
         if thread is not None:
             thread.join()
+
+    def start(self) -> None:
+        """Begins to start the workers, which import for a second or more, before there is anything to grade; returns at once.
+
+        What goes wrong is said where something is graded, which tries again.
+        """
+        with self._changed:
+            self._early = True
+            self._ring()
 
     def grade(self, items: Sequence[Item]) -> list[Reward]:
         """One reward per (response text, prompt.verifier), in order. Raises as `Grading.rewards`."""
@@ -213,7 +223,7 @@ class VerifierPool:
 
     def _ring(self) -> None:
         """Has the thread look again; starts it where there is work and no thread."""
-        if self._thread is None and (self._settled or self._beside):
+        if self._thread is None and (self._settled or self._beside or self._early):
             self._bell = os.pipe()
             for end in self._bell:
                 os.set_blocking(end, False)
@@ -240,7 +250,7 @@ class VerifierPool:
             for end in self._bell:
                 os.close(end)
             self._bell = self._thread = None
-            self._closing = False
+            self._closing = self._early = False
             self._give_up(error or ReheatError("the graders were ended before they had graded everything"))
 
     def _give_up(self, error: BaseException) -> None:
@@ -253,7 +263,8 @@ class VerifierPool:
 
     def _hand_out(self) -> None:
         outstanding = len(self._settled) + len(self._beside) + sum(len(worker.assigned) for worker in self._workers)
-        while len(self._workers) < min(self._config.workers, outstanding):
+        wanted = self._config.workers if self._early else min(self._config.workers, outstanding)
+        while len(self._workers) < wanted:
             self._workers.append(Worker(self._config, self._worker_module))
         for worker in list(self._workers):
             if worker.idle and (self._settled or self._beside):

@@ -74,22 +74,29 @@ def try_functions(pool: VerifierPool, verifiers: Iterable[Mapping[str, Any]]) ->
 
 
 def _distinct(verifiers: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Each reference with the response that gives it and its verifier."""
-    seen: set[str] = set()
+    """Each reference with the response that gives it and its verifier; one that the same question had before is left out."""
+    seen: set[int] = set()  # the texts themselves would take as much memory as the data
     for verifier in verifiers:
         if "entry" in verifier:
             reference = verifier["entry"].get("answer")
-            response = f"<answer>{reference}</answer>"
+            response, asked = f"<answer>{reference}</answer>", _without_place(verifier["entry"])
         else:
-            reference = verifier["answer"]
+            reference = asked = verifier["answer"]
             response = f"\\boxed{{{reference_answer(reference)}}}"
-        if reference is None or ("answer" in verifier and reference in seen):
+        if reference is None or (key := hash(repr(asked))) in seen:
             continue
         if verifier.get("task") == "intermediate_integration" and "Integral(" in reference:
             continue
-        if "answer" in verifier:
-            seen.add(reference)
+        seen.add(key)
         yield str(reference), response, verifier
+
+
+def _without_place(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A reasoning-gym entry without its number among all that its task made, which no scorer reads."""
+    metadata = entry.get("metadata")
+    if not isinstance(metadata, Mapping):
+        return dict(entry)
+    return {**entry, "metadata": {name: value for name, value in metadata.items() if name != "source_index"}}
 
 
 def _shown(reference: str) -> str:

@@ -8,6 +8,7 @@ is the engine's process, and once that has ended how.
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import selectors
 import signal
@@ -23,6 +24,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import IO, Self
 
+from megatron_reheat.large_imports import large_imports
 from megatron_reheat.processes import die_with_parent
 from megatron_reheat.rollout.engine_options import engine_environment
 from megatron_reheat.rollout.engine_process import import_vllm, leave_sigterm_to_children, run_engine
@@ -145,7 +147,7 @@ def main() -> int:
     requests, launcher_pid = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
     die_with_parent(launcher_pid, "launcher")
     leave_sigterm_to_children()
-    import_vllm()
+    import_engine()
     gc.freeze()  # a collection in an engine would write to every page that it shares with the others
     selector = selectors.DefaultSelector()
     selector.register(requests, selectors.EVENT_READ)
@@ -170,6 +172,13 @@ def main() -> int:
             with suppress(OSError):  # a rank that is gone takes its engine with it
                 socket.send_fds(told, [_NUMBER.pack(pid)], [pidfd])
             selector.register(pidfd, selectors.EVENT_READ, (pid, told))
+
+
+def import_engine() -> None:
+    """vLLM, and half of what an engine on a CPU else imports only when it is made."""
+    import_vllm()
+    with suppress(ImportError), large_imports():  # not a part of vLLM's interface
+        importlib.import_module("vllm.v1.worker.cpu_worker")
 
 
 def _report_end(pidfd: int, pid: int, told: socket.socket) -> None:

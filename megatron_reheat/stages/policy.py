@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from megatron_reheat.parallel.seats import engine_seats
 from megatron_reheat.parallel.topology import Topology
 from megatron_reheat.rewards.pool import VerifierPool
 from megatron_reheat.rollout.rollout_engine import OnFinished, RolloutEngine, SyncReport
-from megatron_reheat.rollout.server.fleet import ServerFleet
 from megatron_reheat.rollout.weight_sync import WeightSync
 from megatron_reheat.stages.graders import Graders
 from megatron_reheat.types import Completion, Group, Prompt, Reward, SamplingParams
+
+if TYPE_CHECKING:
+    from megatron_reheat.rollout.server.fleet import ServerFleet
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -214,8 +216,7 @@ class Sampler:
             answers = self._ask(action)
         self._resting = False
         if self._follows and self._sampler is not None:
-            assert isinstance(self._sampler, ServerFleet)
-            self._sampler.adopt(self.version)
+            cast("ServerFleet", self._sampler).adopt(self.version)
         return [a.value for a in answers]
 
     def _push(self) -> SyncReport:

@@ -132,6 +132,8 @@ class Helpers:
         while_sampling = topology.is_on(config.reward.while_sampling)
         reward = config.reward.model_copy(update={"while_sampling": while_sampling})
         self.verifiers = VerifierPool(reward) if leads else None
+        if self.verifiers is not None:
+            self.verifiers.start()
         self._own_functions = config.reward.kind == "function"
 
     def check_references(self, inputs: Inputs) -> ReferenceCheck | None:

@@ -40,7 +40,7 @@ def engine(connection):
             time.sleep(3600)
         connection.send((request, (os.getpid(), os.getppid(), os.getsid(0))))
 
-fork_server.import_vllm = lambda: print("early", flush=True)
+fork_server.import_engine = lambda: print("early", flush=True)
 fork_server.run_engine = engine
 code = fork_server.main()
 sys.stdout.flush()

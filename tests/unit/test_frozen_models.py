@@ -17,7 +17,8 @@ from megatron_reheat.model.hf_reader import HFReader
 from megatron_reheat.model.hf_weights import iter_folder_weights, read_model_folder, saved_dtype
 from megatron_reheat.recipe import load_config, parse_config
 from megatron_reheat.rollout.server.servers import Servers
-from megatron_reheat.stages import engines as samplers
+from megatron_reheat.stages import server_engines
+from megatron_reheat.stages.engines import EngineModel
 from megatron_reheat.stages.inputs import read_frozen, read_inputs, read_model
 from tests.e2e import runs
 from tests.tiny_models import FAMILIES, save_tiny_model
@@ -142,28 +143,28 @@ def test_servers_of_frozen_models_are_checked(rl: Any, rollout: Any, expected: s
 
 def test_models_get_gpus_and_ports_of_their_own(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, Any]] = []
-    monkeypatch.setattr(samplers, "visible_gpus", lambda: tuple("abcdefgh"))
-    monkeypatch.setattr(samplers, "ServerProcess", lambda *_, **keys: started.append(keys))
+    monkeypatch.setattr(server_engines, "visible_gpus", lambda: tuple("abcdefgh"))
+    monkeypatch.setattr(server_engines, "ServerProcess", lambda *_, **keys: started.append(keys))
     topology: Any = SimpleNamespace(world_size=4, local_world_size=4, device=torch.device("cuda", 0))
     config = parse_config(recipe(folders, rollout={**SERVER, "num_servers": 2}, run={"folder": str(tmp_path)}))
     own = {"dtype": "float32", "rollout": config.rollout}
     models = [
-        samplers._Model(folders / "policy", **own),
-        samplers._Model(
+        EngineModel(folders / "policy", **own),
+        EngineModel(
             folders / "explorer", **own, log="vllm-explorer", keys=("rl.sampler_servers.explorer", "m"), name="explorer"
         ),
     ]
     for model in models:
-        for make in samplers._server_makers(model, config, topology, None).values():
+        for make in server_engines.server_makers(model, config, topology, None).values():
             make()
     assert [keys["gpus"] for keys in started] == [("e",), ("f",), ("g",), ("h",)]
     assert len({keys["port"] for keys in started}) == len({keys["log_file"] for keys in started}) == 4
-    monkeypatch.setattr(samplers, "visible_gpus", lambda: tuple("abcdefg"))
+    monkeypatch.setattr(server_engines, "visible_gpus", lambda: tuple("abcdefg"))
     with pytest.raises(ConfigError, match="for each of 2 models need 8 GPUs, and this machine has 7"):
-        samplers._server_makers(models[0], config, topology, None)
+        server_engines.server_makers(models[0], config, topology, None)
     topology.world_size = 8
     with pytest.raises(ConfigError, match=r"rl\.sampler_servers\.explorer is empty"):
-        samplers._server_makers(models[1], config, topology, None)
+        server_engines.server_makers(models[1], config, topology, None)
 
 
 def test_a_server_of_another_model_is_named_by_the_key_it_was_given_with(folders: Path) -> None:

@@ -242,3 +242,16 @@ def test_entries_are_graded_against_their_own_answers() -> None:
     with VerifierPool(RewardConfig(kind="reasoning_gym", workers=1)) as pool:
         check = check_references(pool, [{"task": "countdown", "entry": entry} for entry in entries])
     assert (check.count, check.failed) == (2, ("none of these",))
+
+
+def test_an_entry_that_comes_again_is_graded_once() -> None:
+    (made,) = reasoning_gym.create_dataset("countdown", seed=1, size=1)
+
+    def entry(place: int, **changes: Any) -> dict[str, Any]:
+        return {**made, "metadata": {**made["metadata"], "source_index": place, **changes}}
+
+    wrong = entry(2, target=made["metadata"]["target"] + 1)  # the same question and answer, and another verdict
+    entries = [entry(0), entry(1), wrong, entry(3), {**entry(4), "question": "another text"}]
+    with VerifierPool(RewardConfig(kind="reasoning_gym", workers=1)) as pool:
+        check = check_references(pool, [{"task": "countdown", "entry": each} for each in entries])
+    assert (check.count, check.failed) == (3, (made["answer"],))

@@ -270,6 +270,22 @@ def test_a_worker_killed_from_outside_costs_the_item_under_it(executing: Verifie
     assert (executing.timeouts, executing.restarts) == (0, 1)
 
 
+def test_workers_that_are_started_early() -> None:
+    with VerifierPool(RewardConfig(kind="reasoning_gym", workers=2)) as pool:
+        assert not pool.worker_pids
+        pool.start()
+        give_up = time.monotonic() + 60
+        while len(early := pool.worker_pids) < 2 and time.monotonic() < give_up:
+            time.sleep(0.01)
+        assert pool.grade([("7+4+11", SUM_22)]) == [Reward(1.0, correct=True)]
+        assert pool.worker_pids == early
+        pool.close()
+        assert not pool.worker_pids
+        assert all(map(ends, early))
+        pool.close()
+        assert not pool.worker_pids  # what was once wanted early is not started again
+
+
 def test_workers_that_cannot_start_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ReheatError, match=r"3 reward workers in a row did not start \(exit status 1\)"):
