@@ -107,26 +107,62 @@ def write_gradient(
 
 
 def _sums(logits: Tensor, temperature: float) -> Tensor:
-    maximum = logits.amax(-1).to(compute_dtype(logits)).clamp_min(LOWEST)
+    maximum = _maxima(logits)
     shifted = _shifted(logits, maximum)
-    # every maximum leaves the sums, and all but one come back as the ones they are
-    ties = (shifted == 0).sum(-1, dtype=torch.int32).double() - 1.0
-    exp = _without_maxima(shifted.exp(), shifted)
-    r1 = exp.sum(-1, dtype=torch.float64) + ties
+    num_maxima = (shifted == 0).sum(-1, dtype=torch.int32)
+    exp = shifted.exp().mul_(_below_maximum(shifted))
+    r1 = exp.sum(-1, dtype=torch.float64)
     w1 = exp.mul_(shifted).sum(-1, dtype=torch.float64)
     if temperature == 1:
-        return torch.stack([maximum.double(), r1, w1, r1, w1])
-    tempered = _without_maxima(torch.mul(shifted, 1.0 / temperature, out=exp).exp_(), shifted)
-    r_t = tempered.sum(-1, dtype=torch.float64) + ties
+        return _stacked(maximum, num_maxima, r1, w1, r1, w1)
+    tempered = torch.mul(shifted, 1.0 / temperature, out=exp).exp_().mul_(_below_maximum(shifted))
+    r_t = tempered.sum(-1, dtype=torch.float64)
     w_t = tempered.mul_(shifted).sum(-1, dtype=torch.float64)
-    return torch.stack([maximum.double(), r1, w1, r_t, w_t])
+    return _stacked(maximum, num_maxima, r1, w1, r_t, w_t)
 
 
-def _without_maxima(exp: Tensor, shifted: Tensor) -> Tensor:
-    """`exp`, possibly in place, with zeros where `shifted` is zero; below that its sign is -1."""
-    if torch.compiler.is_compiling():
-        return exp.masked_fill(shifted == 0, 0.0)
-    return exp.mul_(shifted.sign().neg_())  # uncompiled, a mask takes ten times as long
+def _below_maximum(shifted: Tensor) -> Tensor:
+    """1 where `shifted` is negative, 0 where it is zero; to fill by a mask takes ten times as long."""
+    return shifted.sign().neg_()
+
+
+def _sums_to_compile(logits: Tensor, temperature: float) -> Tensor:
+    """The same in float32, one from each quarter of the row added up before they go into float64: to convert every term costs
+    a quarter of the pass, and these additions round no more than the exponentials do."""
+    maximum = _maxima(logits)
+
+    def terms(columns: Tensor) -> tuple[Tensor, ...]:
+        d = _shifted(columns, maximum)
+        at_maximum = d == 0
+        exp = d.exp().masked_fill(at_maximum, 0.0)
+        plain = (at_maximum.to(torch.int32), exp, exp * d)
+        if temperature == 1:
+            return plain
+        tempered = (d * (1.0 / temperature)).exp().masked_fill(at_maximum, 0.0)
+        return *plain, tempered, tempered * d
+
+    quarter = logits.size(-1) // 4
+    a, b, c, d = (terms(logits[:, k * quarter : (k + 1) * quarter]) for k in range(4))
+    sums = [_total((w + x) + (y + z)) for w, x, y, z in zip(a, b, c, d, strict=True)]
+    if logits.size(-1) % 4:
+        rest = map(_total, terms(logits[:, 4 * quarter :]))
+        sums = [total + more for total, more in zip(sums, rest, strict=True)]
+    num_maxima, r1, w1, *tempered = sums
+    return _stacked(maximum, num_maxima, r1, w1, *(tempered or (r1, w1)))
+
+
+def _stacked(maximum: Tensor, num_maxima: Tensor, r1: Tensor, w1: Tensor, r_t: Tensor, w_t: Tensor) -> Tensor:
+    """[5, N]: every maximum has left the sums, and all but one come back as the ones they are."""
+    ties = num_maxima.double() - 1.0
+    return torch.stack([maximum.double(), r1 + ties, w1, r_t + ties, w_t])
+
+
+def _total(values: Tensor) -> Tensor:
+    return values.sum(-1, dtype=torch.float64 if values.is_floating_point() else torch.int32)
+
+
+def _maxima(logits: Tensor) -> Tensor:
+    return logits.amax(-1).to(compute_dtype(logits)).clamp_min(LOWEST)
 
 
 def _target_logits(logits: Tensor, local_targets: Tensor) -> Tensor:
@@ -219,8 +255,8 @@ def compiles_here(logits: Tensor) -> bool:
 
 @cache
 def _compiled() -> tuple[Callable[..., Tensor], Callable[..., None]] | None:
-    """The plain functions through torch.compile, or None where that does not work (it needs a C++ compiler)."""
-    sums, gradient = torch.compile(_sums, dynamic=True), torch.compile(_write_gradient, dynamic=True)
+    """Sums and gradient through torch.compile, or None where that does not work (it needs a C++ compiler)."""
+    sums, gradient = torch.compile(_sums_to_compile, dynamic=True), torch.compile(_write_gradient, dynamic=True)
     try:
         sums(torch.zeros(2, 64), 1.5)
     except Exception as error:
