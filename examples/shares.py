@@ -9,14 +9,16 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from examples.elsewhere import ROOT
 from megatron_reheat.config import Config
 from megatron_reheat.processes import die_with_parent
 from megatron_reheat.stages.series import RunSeries
+
+T = TypeVar("T")
 
 
 class Task(Protocol):
@@ -47,6 +49,26 @@ def places_of(options: argparse.Namespace, script: Path) -> tuple[Path, Path]:
     """Where the experiment's runs lie, and where what is worth keeping goes."""
     runs = (options.runs or ROOT / "runs" / (script.stem + "-quick" * options.quick)).resolve()
     return runs, options.results or (runs / "results" if options.quick else script.parent / "results")
+
+
+def present(
+    found: Sequence[T],
+    results: Path,
+    name: str,
+    table: Callable[[Sequence[T]], str],
+    draw: Callable[[Sequence[T], Path], None],
+) -> None:
+    """Writes table and figure of what was found into `results`, and prints the table.
+
+    Raises:
+        SystemExit: nothing was found.
+    """
+    if not found:
+        sys.exit(f"there are no results in {results} yet")
+    text, figure = table(found), results / f"{name}.png"
+    (results / "table.md").write_text(text)
+    draw(found, figure)
+    print(f"{text}figure: {figure}")
 
 
 def share_out(tasks: Sequence[Task], first: Config, jobs: int) -> None:

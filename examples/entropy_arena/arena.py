@@ -20,7 +20,7 @@ from examples.countdown_cpu.make_model import make_model, make_tokenizer
 from examples.elsewhere import Sections, moved
 from examples.entropy_arena.recipes import CONTESTANTS, RECIPES
 from examples.entropy_arena.results import Result, draw, effect_of_reheating, markdown, measured, read_all
-from examples.shares import parser_of, places_of, share_out
+from examples.shares import parser_of, places_of, present, share_out
 from megatron_reheat.commands.convert import to_hf
 from megatron_reheat.config import Config
 from megatron_reheat.recipe import merged
@@ -176,12 +176,7 @@ def main() -> int:
         contests = [Contest(settings, m, r, s) for s in options.seeds for m in options.methods for r in (False, True)]
         compete(contests, settings, options.jobs)
     found = read_all(results)
-    if not found:
-        sys.exit(f"there are no results in {results} yet")
-    text = markdown(found) + "\n" + effect_of_reheating(found)
-    (results / "table.md").write_text(text)
-    draw(found, results / "arena.png")
-    print(text + f"figure: {results / 'arena.png'}")
+    present(found, results, "arena", lambda all_: f"{markdown(all_)}\n{effect_of_reheating(all_)}", draw)
     return int(any(r.error for r in found))
 
 

@@ -9,10 +9,9 @@ off from its last checkpoint.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from examples.shares import parser_of, places_of, share_out
+from examples.shares import parser_of, places_of, present, share_out
 from examples.signatures.figure import draw
 from examples.signatures.measurements import TRUNK, Measurements, Seed, Settings
 from examples.signatures.verdicts import markdown
@@ -29,12 +28,7 @@ def main() -> int:
         left = [seed for seed in seeds if not seed.is_done]
         share_out(left, settings.config(options.seeds[0], TRUNK, {}), options.jobs)
     found = [Measurements.read(path) for path in sorted(results.glob("seed-*.json"))]
-    if not found:
-        sys.exit(f"there are no results in {results} yet")
-    text = markdown(found)
-    (results / "table.md").write_text(text)
-    draw(found, results / "signatures.png")
-    print(text + f"figure: {results / 'signatures.png'}")
+    present(found, results, "signatures", markdown, draw)
     return 0 if options.table else int(not all(seed.is_done for seed in seeds))
 
 

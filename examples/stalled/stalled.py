@@ -12,11 +12,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from examples.countdown_cpu.demo import make_inputs
 from examples.elsewhere import ROOT, Sections, moved
-from examples.shares import parser_of, places_of, share_out
+from examples.shares import parser_of, places_of, present, share_out
 from examples.stalled.results import CONTROL, Outcome, Stall, draw, markdown
 from megatron_reheat.commands.convert import to_hf
 from megatron_reheat.config import Config
@@ -170,12 +171,7 @@ def main() -> int:
         share_out([trial for trial in trials if not trial.is_done], settings.warm(options.seeds[0]), options.jobs)
     stalls = [Stall.read(path) for path in sorted(settings.results.glob("seed-*/stall.json"))]
     outcomes = [Outcome.read(path) for path in sorted(settings.results.glob("seed-*/arm-*.json"))]
-    if not outcomes:
-        sys.exit(f"there are no results in {settings.results} yet")
-    text = markdown(stalls, outcomes)
-    (settings.results / "table.md").write_text(text)
-    draw(stalls, outcomes, settings.results / "stalled.png")
-    print(text + f"figure: {settings.results / 'stalled.png'}")
+    present(outcomes, settings.results, "stalled", partial(markdown, stalls), partial(draw, stalls))
     return 0 if options.table else int(not all(trial.is_done for trial in trials))
 
 

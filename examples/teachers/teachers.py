@@ -9,13 +9,12 @@ says which figure counts, written before the runs.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from examples.countdown_cpu.demo import make_inputs
 from examples.elsewhere import Sections
-from examples.shares import parser_of, places_of, share_out
+from examples.shares import parser_of, places_of, present, share_out
 from examples.signatures.measurements import TRUNK, Score, SeedRuns, Settings
 from examples.stalled.stalled import make_problems
 from examples.teachers.results import CONTROL, FLATTEN, Outcome, draw, markdown
@@ -71,12 +70,7 @@ def main() -> int:
         left = [trial for trial in trials if not trial.is_done]
         share_out(left, settings.config(options.seeds[0], TRUNK, {}), options.jobs)
     outcomes = [Outcome.read(path) for path in sorted(results.glob("seed-*/*.json"))]
-    if not outcomes:
-        sys.exit(f"there are no results in {results} yet")
-    text = markdown(outcomes)
-    (results / "table.md").write_text(text)
-    draw(outcomes, results / "teachers.png")
-    print(text + f"figure: {results / 'teachers.png'}")
+    present(outcomes, results, "teachers", markdown, draw)
     return 0 if options.table else int(not all(trial.is_done for trial in trials))
 
 

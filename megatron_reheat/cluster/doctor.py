@@ -10,10 +10,12 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.table import Table
 
-from megatron_reheat.versions import MEGATRON_CORE, TORCH, VLLM
+from megatron_reheat.errors import ConfigError
+from megatron_reheat.versions import MEGATRON_CORE, TORCH, TRANSFORMER_ENGINE_RANGE, VLLM
 
 GIB = 2**30
 MIN_WIDTH = 110
@@ -55,7 +57,10 @@ def examine(console: Console | None = None) -> int:
     if "torch" not in missing:
         from megatron_reheat.model.backend import choose_backend
 
-        console.print(f"a run would use: {choose_backend('auto')}")
+        try:
+            console.print(f"a run would use: {choose_backend('auto')}")
+        except ConfigError as error:
+            missing.append(str(error))
     console.print(f"cannot train here: {', '.join(missing)}" if missing else "everything essential is here")
     return 1 if missing else 0
 
@@ -78,6 +83,7 @@ def find_all() -> list[Finding]:
         _package("transformers", "transformers", essential="pip install transformers"),
         _vllm(on_gpu),
         *(_package(*names, instead=instead if on_gpu else NOT_NEEDED) for *names, instead in GPU_EXTRAS),
+        *_other_transformer_engine(),
         _package(
             "math-verify", "math_verify", instead="reward.kind=math cannot run; pip install math-verify[antlr4_13_2]"
         ),
@@ -99,6 +105,15 @@ def _package(package: str, module: str, *, instead: str = "", essential: str = "
     if _importable(module):
         return Finding(package, "ok", version_of(package) or "importable, version unknown")
     return Finding(package, "essential" if essential else "missing", "-", essential or instead)
+
+
+def _other_transformer_engine() -> list[Finding]:
+    """A row where its version is not one that Megatron-Core names."""
+    found = version_of("transformer-engine")
+    if found is None or found in SpecifierSet(TRANSFORMER_ENGINE_RANGE, prereleases=True):
+        return []
+    instead = f"Megatron-Core {MEGATRON_CORE} was made for {TRANSFORMER_ENGINE_RANGE}: bash scripts/setup_gpu.sh"
+    return [Finding("transformer-engine's version", "missing", found, instead)]
 
 
 def _importable(module: str) -> bool:

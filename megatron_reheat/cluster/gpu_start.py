@@ -9,6 +9,7 @@ import torch
 
 from megatron_reheat.config import Config
 from megatron_reheat.errors import ConfigError
+from megatron_reheat.model.backend import choose_backend
 
 
 def check_gpu_start(config: Config, world_size: int, *, force: bool) -> None:
@@ -19,7 +20,7 @@ def check_gpu_start(config: Config, world_size: int, *, force: bool) -> None:
         force: leaves out the estimate of memory, which may be wrong.
 
     Raises:
-        ConfigError: naming the keys to change.
+        ConfigError: naming the keys to change, or the package that Megatron cannot work with (`choose_backend`).
     """
     if not torch.cuda.is_available():
         return
@@ -29,6 +30,8 @@ def check_gpu_start(config: Config, world_size: int, *, force: bool) -> None:
             f"the layout asks for {ranks} ranks on this machine, which has {count} GPUs; lower parallel.data, "
             "parallel.tensor or parallel.context, or start it on more machines (reheat slurm --nodes)"
         )
+    # before Megatron is imported, which some of what it finds would not let it be
+    choose_backend(config.model.attention)
     if force:
         return
     # not before: they bring Megatron, which a launcher on the CPU has no use for

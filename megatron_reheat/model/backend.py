@@ -11,6 +11,9 @@ import torch
 from megatron_reheat.errors import ConfigError
 
 Attention = Literal["sdpa", "transformer_engine"]
+# the packages that each consists of
+_TRANSFORMER_ENGINE = "transformer-engine transformer-engine-torch transformer-engine-cu12 transformer-engine-cu13"
+_APEX = "apex"
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,17 @@ def choose_backend(attention: Literal["auto", "sdpa", "transformer_engine"]) -> 
     """Looks for CUDA, Transformer Engine and Apex.
 
     Raises:
-        ConfigError: `model.attention=transformer_engine` where it cannot run.
+        ConfigError: `model.attention=transformer_engine` where it cannot run; or one of the two is installed in a way in
+            which Megatron cannot be imported, or builds no optimizer.
     """
     has_cuda = torch.cuda.is_available()
-    has_te = has_cuda and _imports("transformer_engine.pytorch")
-    has_apex = has_cuda and _imports("apex.optimizers")
+    has_te = has_cuda and _imports("transformer_engine.pytorch", _TRANSFORMER_ENGINE)
+    has_apex = has_cuda and _imports("apex.optimizers", _APEX)
+    if has_apex and not has_te and not _imports("amp_C", _APEX):
+        raise ConfigError(
+            "apex is installed without its CUDA extensions, and Megatron-Core would take its AdamW, which needs them: build it "
+            f"again (bash scripts/setup_gpu.sh build), or pip uninstall -y {_APEX}"
+        )
     if attention == "transformer_engine" and not has_te:
         missing = "the package transformer-engine, and it does not import here" if has_cuda else "a CUDA device"
         raise ConfigError(f"model.attention=transformer_engine needs {missing}; use model.attention=auto")
@@ -54,15 +63,22 @@ def choose_backend(attention: Literal["auto", "sdpa", "transformer_engine"]) -> 
         attention=attention,
         # Apex's kernel accumulates into main_grad inside the backward matmul. Transformer Engine's layers bring their own, but
         # the output layer is Megatron's in any case, which is not built without Apex's.
-        fused_weight_gradient=has_cuda and _imports("fused_weight_gradient_mlp_cuda"),
+        fused_weight_gradient=has_cuda and _imports("fused_weight_gradient_mlp_cuda", _APEX),
         optimizer="transformer_engine" if has_te else "apex" if has_apex else "torch",
     )
 
 
-def _imports(module: str) -> bool:
-    """Really, as Megatron tries it: an extension that was built for another torch is installed and does not load."""
+def _imports(module: str, packages: str) -> bool:
+    """Really, as Megatron tries it, for which an ImportError is an absence, and nothing else is: a shared library that is not
+    there or was built for another torch is another error to some."""
     try:
         import_module(module)
-    except (ImportError, OSError):
+    except ImportError:
         return False
+    except Exception as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise ConfigError(
+            f"{module} is installed and does not load ({type(error).__name__}: {said}), and with it Megatron-Core does not "
+            f"either: build it again (bash scripts/setup_gpu.sh build), or pip uninstall -y {packages}"
+        ) from None
     return True

@@ -19,6 +19,7 @@ from megatron_reheat.rollout.engine_options import engine_environment, worker_va
 from megatron_reheat.rollout.fork_server import ForkServer
 from megatron_reheat.run_folder import RunFolder
 
+DEVICES = Path("/dev")
 WORKER_MODULE = "megatron_reheat.rollout.engine_process"
 
 
@@ -85,7 +86,7 @@ def start_fork_server(config: Config, local_ranks: int) -> ForkServer | None:
 
 def has_gpus() -> bool:
     """As far as can be seen without torch."""
-    return Path("/dev/nvidia0").exists()
+    return any(DEVICES.glob("nvidia[0-9]*"))  # a container that is given some of a machine's has these numbers
 
 
 def _is_finished(config: Config) -> bool:

