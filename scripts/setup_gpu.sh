@@ -47,6 +47,8 @@ check_toolkit() {
 }
 
 fetch() {
+    [[ -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]] ||
+        need nvcc "Transformer Engine's set-up asks for it even where nothing is compiled; load a CUDA toolkit here, too (module load cuda)"
     need git "install it"
     "$PYTHON" -c "import sys, venv; o, b = '$PYTHON_OLDEST'.split(), '$PYTHON_BELOW'.split()
 sys.exit(not tuple(map(int, o)) <= sys.version_info[:2] < tuple(map(int, b)))" ||
@@ -85,9 +87,13 @@ build() {
         [[ -n ${ARCHITECTURES:-} ]] || fail "NO_GPU=1 needs ARCHITECTURES, the compute capabilities to build for, as '8.0;9.0'"
         export TORCH_CUDA_ARCH_LIST=$ARCHITECTURES NVTE_CUDA_ARCHS=${ARCHITECTURES//./}
     fi
-    # cuDNN's headers and libraries lie in the wheel that torch brought
-    CUDNN_PATH=$(in_venv -c 'import nvidia.cudnn; print(nvidia.cudnn.__path__[0])') || fail "torch brought no nvidia-cudnn wheel"
-    export CUDNN_PATH CPATH="$CUDNN_PATH/include${CPATH:+:$CPATH}" LIBRARY_PATH="$CUDNN_PATH/lib${LIBRARY_PATH:+:$LIBRARY_PATH}"
+    # cuDNN's and NCCL's headers and libraries lie in the wheels that torch brought; a CUDA toolkit has neither
+    local library place
+    for library in nccl cudnn; do
+        place=$(in_venv -c "import nvidia.$library; print(nvidia.$library.__path__[0])") || fail "torch brought no nvidia-$library wheel"
+        export CPATH="$place/include${CPATH:+:$CPATH}" LIBRARY_PATH="$place/lib${LIBRARY_PATH:+:$LIBRARY_PATH}"
+    done
+    export CUDNN_PATH=$place
     pip_do install --no-build-isolation --no-index --find-links "$SOURCES" \
         "transformer-engine[pytorch,core_cu$(cuda_major)]$TRANSFORMER_ENGINE_RANGE"
     [[ -n ${NO_GPU:-} ]] ||

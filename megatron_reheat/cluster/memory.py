@@ -84,6 +84,20 @@ class Memory(Workload):
         own = self.stage_parameters(stage) * VALUE_BYTES[self.config.model.dtype]
         return self.snapshot_bytes(stage) + own if self.has_frozen_teacher else 0.0
 
+    def save_bytes(self, num_gpus: int) -> float:
+        """In host memory of the first node, which has `num_gpus` GPUs of the run, while a checkpoint is written: each rank's part
+        of the distributed optimizer, and on the first replica's all of it and the weights (`HostCopy`)."""
+        config = self.config
+        stages = (0, config.parallel.pipeline - 1)
+        parameters = max(map(self.stage_parameters, stages))
+        weights = VALUE_BYTES[config.model.dtype]
+        first = min(num_gpus, config.parallel.tensor * config.parallel.pipeline) * parameters
+        if not config.parallel.distributed_optimizer:
+            return float(first * (weights + self.optimizer_bytes))
+        state = 12  # master weights, of float32 weights a copy, and two moments
+        shared = self.num_replicas > 1
+        return first * (weights + shared * state) + num_gpus * parameters * state / self.num_replicas
+
     def read_bytes(self) -> float:
         """On the last stage: final hidden states of what is read beside the policy's own, kept through the update; and a frozen
         teacher's head."""

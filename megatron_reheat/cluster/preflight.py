@@ -318,6 +318,9 @@ def _memory_table(e: Estimate) -> Table:
         for name, size in held.items():
             table.add_row(f"host memory: {name}", f"{size:.2f}")
         table.add_row(f"for all {on_node} GPUs of a node", f"{sum(held.values()) * on_node:.2f}")
+    table.add_section()
+    first_node = e.save_bytes(min(NODE_GPUS, e.num_gpus)) / GIB
+    table.add_row("the first node's host memory while a checkpoint is written", f"{first_node:.2f}")
     if e.samplers and e.config.rollout.mode == "colocated":
         table.add_section()
         for name, frozen in e.samplers.items():

@@ -40,6 +40,7 @@ from megatron_reheat.model.carried_files import MODEL_FOLDER, is_carried
 from megatron_reheat.model.checkpoint_pickles import METADATA, explain, find_unsafe_pickle, no_code, read_metadata
 from megatron_reheat.model.chunks import ModelChunks
 from megatron_reheat.model.engine import Engine
+from megatron_reheat.model.host_copy import names_of_values
 from megatron_reheat.model.master_weights import Snapshot
 
 STATE = "state.json"
@@ -67,7 +68,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> dict[str, Any]:
         load_weights(engine.module, checkpoint)
         engine.optimizer.reload_model_params()
         return read_state(checkpoint)
-    loaded = _load(sharded_state(engine, is_loading=True), checkpoint)
+    loaded = _load(sharded_state(engine, is_loading=True), checkpoint, by_parts=True)
     engine.module.load_state_dict(loaded["model"])
     with torch.no_grad():  # Megatron copies float32 parameters in place into leaves that require grad
         engine.optimizer.load_state_dict(loaded["optimizer"])
@@ -82,9 +83,9 @@ def load_snapshot(engine: Engine, checkpoint: Path, name: str) -> Snapshot | Non
         names = read_metadata(checkpoint).state_dict_metadata
     if not any(known.startswith(f"{_key(name)}.") for known in names):
         return None
-    empty = {of: torch.empty(p.shape) for of, p in engine.module.named_parameters()}
-    sharded = {name: sharded_snapshot(engine, name, empty)}
-    return engine.masters.part(_load(sharded, checkpoint)[name])
+    own = {of: torch.empty(p.shape) for of, p in engine.module.named_parameters() if of in engine.masters.names}
+    sharded = {name: sharded_snapshot(engine, name, own)}
+    return engine.masters.part(_load(sharded, checkpoint, by_parts=True)[name])
 
 
 def load_weights(module: ModelChunks, checkpoint: Path) -> None:
@@ -93,9 +94,10 @@ def load_weights(module: ModelChunks, checkpoint: Path) -> None:
     module.load_state_dict(_load(sharded, checkpoint)["model"])
 
 
-def _load(sharded: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+def _load(sharded: dict[str, Any], checkpoint: Path, *, by_parts: bool = False) -> dict[str, Any]:
+    """`by_parts`: ranks ask for what they need, so that some of it is asked for by others than the rank that wrote it."""
     with _reading(checkpoint):
-        return dist_checkpointing.load(sharded, str(checkpoint))
+        return dist_checkpointing.load(sharded, str(checkpoint), validate_access_integrity=not by_parts)
 
 
 @contextmanager
@@ -229,13 +231,13 @@ def sharded_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
 
 
 def sharded_snapshot(engine: Engine, snapshot: str, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Other float32 values of the model's parameters, sharded as these are; both by parameter name. `snapshot` is what the
-    checkpoint calls them."""
+    """Other float32 values of some of the model's parameters, sharded as these are; both by parameter name. `snapshot` is what
+    the checkpoint calls them."""
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     sharded: dict[str, Any] = {}
     for entry in nested_values(sharded_weights(engine.module)):
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and id(entry.data) in names:
-            name = names[id(entry.data)]
+        name = names.get(id(entry.data)) if isinstance(entry, ShardedTensor | ShardedTensorFactory) else None
+        if name in weights:
             changes: dict[str, Any] = {"key": f"{_key(snapshot)}.{entry.key}", "data": weights[name]}
             if isinstance(entry, ShardedTensor):
                 changes["dtype"] = torch.float32
@@ -250,18 +252,16 @@ def _key(snapshot: str) -> str:
 
 def _ensure_optimizer_state(engine: Engine) -> None:
     """Before the first update there are no moments yet, of which Megatron asks every parameter for its part, when it saves and
-    when it loads: a run may have to save after a step in which there was nothing to train on."""
+    when it loads: a run may have to save after a step in which there was nothing to train on. Megatron itself makes those of
+    fused optimizers, which count steps by group, only when it loads."""
     for optimizer in engine.torch_optimizers():
-        if not isinstance(optimizer, torch.optim.AdamW):
-            continue  # the fused optimizers are initialised by Megatron itself
+        counts_by_parameter = isinstance(optimizer, torch.optim.AdamW)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if not optimizer.state[parameter]:
-                    optimizer.state[parameter].update(
-                        step=torch.zeros((), dtype=torch.float32),
-                        exp_avg=torch.zeros_like(parameter.detach()),
-                        exp_avg_sq=torch.zeros_like(parameter.detach()),
-                    )
+                    moments = {name: torch.zeros_like(parameter.detach()) for name in ("exp_avg", "exp_avg_sq")}
+                    steps = {"step": torch.zeros((), dtype=torch.float32)} if counts_by_parameter else {}
+                    optimizer.state[parameter].update(steps | moments)
 
 
 def _unshare_steps(engine: Engine) -> None:
@@ -280,7 +280,7 @@ def install_checkpoint_fixes() -> None:
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
     _keep_optimizer_steps()
-    _keep_bucket_padding()
+    _load_own_parts()
 
 
 def _keep_optimizer_steps() -> None:
@@ -305,37 +305,50 @@ def _keep_optimizer_steps() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = with_step
 
 
-def _keep_bucket_padding() -> None:
-    """Lets the distributed optimizer load a buffer of several buckets: with pipeline stages, a tied embedding has its own.
+def _load_own_parts() -> None:
+    """Has the distributed optimizer ask a checkpoint for the parameters of which this rank holds a part, and make no others.
 
-    The state that is to be filled comes without the padding between buckets, but is cut into parameters at the places they have
-    with it. What is saved has the padding (`HostCopy`).
+    Megatron makes the state of all parameters on every rank, and reads all of it, to keep a replica's share: 12 bytes a
+    parameter of the model in the host memory of each rank. It also makes it without the padding between buckets, but cuts it
+    into parameters at the places they have with it (with pipeline stages, a tied embedding has a bucket of its own).
     """
-    original = DistributedOptimizer.get_parameter_state_dp_zero
-    if hasattr(original, "keeps_padding"):
+    if hasattr(DistributedOptimizer, "loads_own_parts"):
         return
+    gather, shard = (
+        DistributedOptimizer.get_parameter_state_dp_zero,
+        DistributedOptimizer.sharded_param_state_fully_reshardable,
+    )
 
-    def with_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state = original(self, *args, **kwargs)
-        for index, buffer in enumerate(self.buffers if state is not None else ()):
-            for gathered in state[index].values():
-                for name in ("param", "exp_avg", "exp_avg_sq"):
-                    gathered[name] = _padded(gathered[name], buffer)
-        return state
+    def get_parameter_state_dp_zero(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("empty_data"):
+            return gather(self, *args, **kwargs)
+        places = {
+            index: {dtype: _places(self, buffer) for dtype in ranges}
+            for index, (buffer, ranges) in enumerate(zip(self.buffers, self.gbuf_ranges, strict=True))
+        }
+        return {"buckets_coalesced": True, **places}
 
-    with_padding.keeps_padding = True  # type: ignore[attr-defined]
-    DistributedOptimizer.get_parameter_state_dp_zero = with_padding
+    def sharded_param_state_fully_reshardable(
+        self: Any, model: Any, is_loading: bool = False, metadata: Any = None
+    ) -> Any:
+        state = shard(self, model, is_loading, metadata)
+        if not is_loading:
+            return state
+        order = [parameter for buffer in self.buffers for parameter in buffer.param_index_map]
+        own = {index: state[index] for index, p in enumerate(order) if p in self.model_param_gbuf_map}
+        for entry in (entry for of_one in own.values() for entry in of_one.values()):
+            entry.data = torch.empty(entry.data.shape, dtype=entry.data.dtype)
+        return own
+
+    DistributedOptimizer.get_parameter_state_dp_zero = get_parameter_state_dp_zero
+    DistributedOptimizer.sharded_param_state_fully_reshardable = sharded_param_state_fully_reshardable
+    DistributedOptimizer.loads_own_parts = True
 
 
-def _padded(values: torch.Tensor, buffer: Any) -> torch.Tensor:
-    """[numel_unpadded] -> [numel], the padding zero."""
-    if len(buffer.buckets) == 1:
-        return values  # what is missing at the end Megatron expects to be missing
-    padded, start = values.new_zeros(buffer.numel), 0
-    for bucket in buffer.buckets:
-        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = values[start : start + bucket.numel_unpadded]
-        start += bucket.numel_unpadded
-    return padded
+def _places(optimizer: DistributedOptimizer, buffer: Any) -> dict[str, Any]:
+    """What stands for a buffer's state until it is known what of it is needed: nothing is allocated."""
+    places = {name: torch.empty(buffer.numel, device="meta") for name in names_of_values(optimizer)}
+    return {**places, "numel_unpadded": buffer.numel_unpadded}
 
 
 def digest(path: Path) -> str:

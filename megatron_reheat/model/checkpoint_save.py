@@ -144,8 +144,8 @@ class CheckpointSaver:
                 sharded = sharded_state(engine, is_loading=False)
             copy.copy(sharded)
         for name, snapshot in snapshots.items():
-            sharded[name] = sharded_snapshot(engine, name, engine.masters.whole(snapshot))
-            copy.copy(sharded[name], is_fresh=True)
+            parts = copy.copy_parts(engine.masters.parts(snapshot), is_first=engine.topology.replica_rank == 0)
+            sharded[name] = sharded_snapshot(engine, name, parts)
         save = _Save(engine.topology, self._folder, contents, copy, sharded, names in self._known)
         self._known.add(names)
         if self._thread is not None:

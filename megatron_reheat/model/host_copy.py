@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -22,7 +22,14 @@ from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megatron_reheat.model.master_weights import Part
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # what Megatron before 0.19 takes for granted
+
+
+def names_of_values(optimizer: DistributedOptimizer) -> tuple[str, ...]:
+    """What it keeps of each parameter, the master weight included."""
+    return ("param", *getattr(optimizer, "optimizer_state_keys", _MOMENTS))
 
 
 class HostBuffers:
@@ -70,6 +77,14 @@ class _Shards:
     buckets: Sequence[tuple[int, int]]  # offset in the whole, elements
 
 
+@dataclass(frozen=True)
+class _PlacedPart:
+    """This rank's part of a parameter's values, copied, and the place of all of them, which the first replica alone has."""
+
+    part: Part
+    place: Tensor | None
+
+
 class HostCopy:
     """The values of one save. `planning` and `copy` belong to the thread that trains, the rest to the one that writes."""
 
@@ -78,6 +93,7 @@ class HostCopy:
         self._sources: dict[int, Tensor] = {}  # by the storage of the tensor without values that stands for it
         self._places: list[Tensor] = []  # else another's storage may come to lie where one of theirs was
         self._shards: list[_Shards] = []
+        self._parts: list[_PlacedPart] = []
         self._group: dist.ProcessGroup | None = None
         buffers.begin()
 
@@ -111,9 +127,19 @@ class HostCopy:
                     source.copy_(values, non_blocking=True)
                 self._sources[_storage(entry.data)] = source
 
+    def copy_parts(self, parts: Sequence[Part], *, is_first: bool) -> dict[str, Tensor]:
+        """What stands for these parameters' values, by name; the first replica puts them together (`gather`)."""
+        places = {part.name: self._place(part.shape, torch.float32) for part in parts}
+        for part in parts:
+            if is_first or part.is_split:
+                copied = self._buffers.take(part.values.shape, torch.float32)
+                copied.copy_(part.values)
+                self._parts.append(_PlacedPart(replace(part, values=copied), places[part.name] if is_first else None))
+        return places
+
     def gather(self, group: dist.ProcessGroup | None) -> None:
-        """Puts the distributed optimizer's state together on the first replicas. A collective of `group`, a gloo group of this
-        rank's replicas that no other thread uses meanwhile; None takes the optimizer's own."""
+        """Puts the distributed optimizer's state and what `copy_parts` has together on the first replicas. A collective of
+        `group`, a gloo group of this rank's replicas that no other thread uses meanwhile; None takes the optimizer's own."""
         group = group or self._group
         for shards in self._shards:
             assert group is not None
@@ -126,6 +152,15 @@ class HostCopy:
                 if len(ranks) > 1:
                     _put_together(mine, whole, shards.buckets, ranks, group)
         self._shards.clear()
+        for placed in self._parts:
+            if placed.part.is_split:
+                assert group is not None
+                whole = _collect(placed.part, placed.place is not None, group)
+            else:
+                whole = placed.part.values
+            if placed.place is not None:
+                self._sources[_storage(placed.place)] = whole
+        self._parts.clear()
 
     def forget(self) -> None:
         """Gives up what the buffers do not hold."""
@@ -148,7 +183,7 @@ class HostCopy:
         parameters count."""
         self._group = optimizer.data_parallel_group_gloo
         replicas, is_first = self._group.size(), self._group.rank() == 0
-        names = ("param", *getattr(optimizer, "optimizer_state_keys", _MOMENTS))
+        names = names_of_values(optimizer)
         state: dict[Any, Any] = {"buckets_coalesced": True}
         for index, (buffer, ranges) in enumerate(zip(optimizer.buffers, optimizer.gbuf_ranges, strict=True)):
             ((dtype, of_buckets),) = ranges.items()
@@ -194,3 +229,21 @@ def _put_together(
             for number, rank in enumerate(ranks[1:], start=1):
                 dist.recv(whole[offset + number * part : offset + (number + 1) * part], rank, group=group)
         start += part
+
+
+def _collect(part: Part, is_first: bool, group: dist.ProcessGroup) -> Tensor:
+    """All of a parameter's values on the first replica; anything on others."""
+    ranks = dist.get_process_group_ranks(group)
+    if not is_first:
+        dist.send(torch.tensor([part.first, part.values.numel()]), ranks[0], group=group)
+        if part.values.numel():
+            dist.send(part.values, ranks[0], group=group)
+        return part.values
+    whole, extent = torch.empty(part.shape.numel()), torch.empty(2, dtype=torch.int64)
+    whole[part.first : part.first + part.values.numel()] = part.values
+    for rank in ranks[1:]:
+        dist.recv(extent, rank, group=group)
+        first, size = extent.tolist()
+        if size:
+            dist.recv(whole[first : first + size], rank, group=group)
+    return whole

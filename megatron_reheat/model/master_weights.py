@@ -9,12 +9,11 @@ Adam's moments and step count are not among them. A rollback ends its stage, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
@@ -33,6 +32,18 @@ class _Master:
     parameter: Tensor
     values: Tensor
     first: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """`values` are float32 elements [n] of a parameter of this shape, from flat position `first` on, in host memory. Where it
+    `is_split`, other replicas have the others."""
+
+    name: str
+    shape: torch.Size
+    is_split: bool
+    first: int
+    values: Tensor
 
 
 class MasterWeights:
@@ -56,6 +67,11 @@ class MasterWeights:
                 self._masters[name] = _Master(parameter, parameter.detach(), 0)
             elif (main := getattr(parameter, "main_param", None)) is not None:  # else other replicas hold all of it
                 self._masters[name] = _Master(parameter, main, starts.get(id(parameter), 0))
+
+    @property
+    def names(self) -> Collection[str]:
+        """The parameters of which this rank holds master weights, or a part of them."""
+        return self._masters.keys()
 
     @torch.no_grad()
     def copy(self, into: Snapshot | None = None) -> Snapshot:
@@ -92,22 +108,18 @@ class MasterWeights:
             for chunk in self._wrapped:
                 chunk.start_param_sync(force_sync=True)
 
-    @torch.no_grad()
-    def whole(self, snapshot: Snapshot) -> dict[str, Tensor]:
-        """Every parameter's float32 values in its own shape, in host memory; on other ranks than the first
-        replica's the values may be anything. A collective."""
-        weights = {}
-        for name, parameter in self._module.named_parameters():
-            flat = torch.zeros(parameter.numel(), device=self._topology.device)
-            if name in snapshot:
-                first = self._masters[name].first
-                flat[first : first + snapshot[name].numel()] = snapshot[name].flatten().to(flat.device)
-            if self._sharded and parameter.dtype != torch.float32:
-                # one rank's bits and the others' zeros: as integers, their sum keeps even the sign of a zero
-                dist.all_reduce(flat.view(torch.int32), group=self._topology.peer_group)
-            is_first = self._topology.replica_rank == 0
-            weights[name] = flat.view(parameter.shape).cpu() if is_first else torch.empty(parameter.shape)
-        return weights
+    def parts(self, snapshot: Snapshot) -> list[Part]:
+        """Of every parameter, this rank's part of a snapshot."""
+        return [
+            Part(
+                name,
+                parameter.shape,
+                is_split=self._sharded and parameter.dtype != torch.float32,
+                first=self._masters[name].first if name in snapshot else 0,
+                values=snapshot[name].flatten() if name in snapshot else torch.empty(0),
+            )
+            for name, parameter in self._module.named_parameters()
+        ]
 
     def part(self, weights: dict[str, Tensor]) -> Snapshot:
         """This rank's snapshot, from every parameter's values."""

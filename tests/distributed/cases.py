@@ -536,8 +536,10 @@ def _trip(folder: Path, checkpoints: Path, trip: list[dict[str, Any]]) -> dict[s
         absent = load_snapshot(engine, checkpoints / "step-1", "last_good") is None
         snapshots = {"last_good": last_good, "teacher": teacher}
         save_checkpoint(engine, checkpoints, 2, {}, keep=9, snapshots=snapshots)
+    read: list[tuple[int, int, int]] = []
     for step, layout in enumerate([*trip[1:], trip[0]], start=3):
         with running_engine(folder, **layout) as engine:
+            read.append(_read_of_optimizer(engine))
             load_checkpoint(engine, checkpoints / f"step-{step - 1}")
             snapshots = {name: load_snapshot(engine, checkpoints / f"step-{step - 1}", name) for name in snapshots}
             if layout != trip[0]:
@@ -552,8 +554,21 @@ def _trip(folder: Path, checkpoints: Path, trip: list[dict[str, Any]]) -> dict[s
             back = _equal(_state(engine), start)
             engine.restore(snapshots["teacher"])
             same = _equal(dict(engine.iter_hf_weights()), read_by) and _equal(_state(engine), first)
-            return {"absent": absent, "whole_state": returned and untouched, "last_good": back, "teacher": same}
+            trip_of = {"absent": absent, "whole_state": returned and untouched, "last_good": back, "teacher": same}
+            return {**trip_of, "read": read}
     raise AssertionError("the trip has no way back")
+
+
+def _read_of_optimizer(engine: Any) -> tuple[int, int, int]:
+    """Values that this rank asks a checkpoint for, at most as many as it needs to, and all that its chunks have."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    from megatron_reheat.model.checkpoint import sharded_state
+
+    entries = nested_values(sharded_state(engine, is_loading=True)["optimizer"])
+    asked = sum(e.data.numel() for e in entries if getattr(e, "key", "").startswith("optimizer.state."))
+    sizes = {name: parameter.numel() for name, parameter in engine.module.named_parameters()}
+    return asked, 3 * sum(sizes[name] for name in engine.masters.names), 3 * sum(sizes.values())
 
 
 def saves_in_background(folder: Path, checkpoints: Path, layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:

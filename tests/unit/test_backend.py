@@ -6,7 +6,8 @@ import importlib.abc
 import os
 import re
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_reheat.errors import ConfigError
 from megatron_reheat.model.backend import choose_backend
+from megatron_reheat.model.checkpoint import _ensure_optimizer_state
 from megatron_reheat.parallel import kernel_order
 from megatron_reheat.parallel.kernel_order import needs_one_queue, order_kernels
 from megatron_reheat.processes import helper_environment
@@ -99,6 +101,31 @@ def test_apex_without_its_extensions_is_refused_where_megatron_would_take_its_ad
     sys.modules.pop("amp_C")
     install("transformer_engine", "transformer_engine.pytorch")
     assert choose_backend("auto").optimizer == "transformer_engine"
+
+
+class CountsStepsByGroup(torch.optim.SGD):
+    """As Transformer Engine's and Apex's AdamW do, of whose state a parameter's moments are all."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [(CountsStepsByGroup, {"exp_avg", "exp_avg_sq"}), (torch.optim.AdamW, {"exp_avg", "exp_avg_sq", "step"})],
+)
+def test_a_save_before_the_first_update_has_moments_of_any_optimizer(
+    kind: type[torch.optim.Optimizer], expected: set[str]
+) -> None:
+    """Of which Megatron asks for each by name; it makes those of fused ones for itself when it loads, and not when it saves."""
+    parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
+    optimizer = kind(parameters, lr=0.1)
+    engine: Any = SimpleNamespace(torch_optimizers=lambda: [optimizer])
+    _ensure_optimizer_state(engine)
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        assert state.keys() == expected
+        assert state["exp_avg"].shape == parameter.shape and not any(value.any() for value in state.values())
+    optimizer.state[parameters[0]]["exp_avg"] += 1
+    _ensure_optimizer_state(engine)
+    assert optimizer.state[parameters[0]]["exp_avg"].all()  # what is there stays
 
 
 def test_selective_recomputation_repeats_no_flash_attention(install) -> None:

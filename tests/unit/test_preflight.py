@@ -298,6 +298,26 @@ def test_check_states_the_host_memory_of_a_rollback() -> None:
     assert "rollback" not in printed(action="none")
 
 
+@pytest.mark.parametrize(
+    ("parallel", "bytes_per_parameter"),
+    [
+        # eight replicas of a model on one GPU each: eight parts of 12 bytes, and all of it with bf16 weights in the first one
+        ({"tensor": 1, "data": 8}, 12 + 12 + 2),
+        # the first replica's two GPUs put half a model each together
+        ({"tensor": 2, "data": 4}, 12 + 12 + 2),
+        # two nodes of one replica on each GPU
+        ({"tensor": 1, "data": 16}, 6 + 12 + 2),
+        ({"tensor": 4, "data": 2, "distributed_optimizer": False}, 12 + 2),
+    ],
+)
+def test_a_save_takes_memory_of_the_first_node(parallel: dict[str, Any], bytes_per_parameter: int) -> None:
+    output, gpus = io.StringIO(), parallel["tensor"] * parallel["data"]
+    check(configured(parallel=parallel), gpus=gpus, console=Console(file=output, width=120))
+    (row,) = (line.split("\u2502") for line in output.getvalue().splitlines() if "a checkpoint is written" in line)
+    size = QWEN3["Qwen3-4B"].num_parameters / GIB
+    assert float(row[2]) == pytest.approx(bytes_per_parameter * size, rel=0.01)
+
+
 def test_a_reference_policy_costs_host_memory_and_a_scoring_pass() -> None:
     without, with_it = tiny(4), tiny(4, rl={"kl_coef": 0.1})
     halves = tiny(4, rl={"minibatch_prompts": without.config.rl.prompts_per_step // 2})

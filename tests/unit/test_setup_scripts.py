@@ -70,7 +70,8 @@ def said_by(folder: Path, *arguments: str, **environment: str) -> str:
     bare.mkdir()
     for name in ("bash", "sed", "dirname"):
         (bare / name).symlink_to(shutil.which(name) or name)
-    env = {"PATH": f"{folder / 'tools'}:{bare}", "HOME": str(folder), "PYTHON": sys.executable, **environment}
+    env = {"PATH": f"{folder / 'tools'}:{bare}", "HOME": str(folder), "PYTHON": sys.executable, "CUDA_HOME": str(bare)}
+    env |= environment
     ran = subprocess.run(
         ["bash", str(folder / "scripts" / "setup_gpu.sh"), *arguments], env=env, capture_output=True, text=True
     )
@@ -102,6 +103,11 @@ def test_what_does_not_fit_is_said_before_anything_is_compiled(
         (["build"], "nvidia-smi", "nvidia-smi is not on the PATH; run this on a node with a GPU"),
         ([], "g++", "g++ is not on the PATH; install a C++ compiler"),
         (["fetch"], "", "git is not on the PATH"),
+        (
+            ["fetch"],
+            "nvcc",
+            "nvcc is not on the PATH; Transformer Engine's set-up asks for it even where nothing is compiled",
+        ),
     ],
 )
 def test_what_is_missing_is_named(tmp_path: Path, arguments: list[str], without: str, expected: str) -> None:
@@ -112,6 +118,22 @@ def test_there_is_nothing_to_build_before_it_was_fetched(tmp_path: Path) -> None
     folder = machine(tmp_path, "13.0")
     os.rmdir(folder / ".venv" / "gpu-sources")
     assert "first, where there is network: bash scripts/setup_gpu.sh fetch" in said_by(folder, "build")
+
+
+def test_compilers_find_the_libraries_that_torch_brought(tmp_path: Path) -> None:
+    """Transformer Engine includes cudnn.h and nccl.h, and a CUDA toolkit has neither."""
+    folder = machine(tmp_path, "13.0")
+    python = folder / ".venv" / "bin" / "python"
+    answers = [
+        'case "$*" in *"print(torch.version.cuda)"*) echo 13.0;;',
+        '*"import nvidia.nccl"*) echo /wheel/nccl;; *"import nvidia.cudnn"*) echo /wheel/cudnn;;',
+        '*"pip --no-input install"*) echo "$CUDNN_PATH $CPATH $LIBRARY_PATH" >> found; exit 1;; *) echo 13;; esac',
+    ]
+    python.write_text("#!/bin/sh\n" + "".join(answers) + "\n")
+    said_by(folder, "build", CPATH="/own")
+    assert (folder / "found").read_text().split() == [
+        "/wheel/cudnn", "/wheel/cudnn/include:/wheel/nccl/include:/own", "/wheel/cudnn/lib:/wheel/nccl/lib",
+    ]  # fmt: skip
 
 
 def test_containers_take_the_same_two_steps() -> None:
