@@ -85,7 +85,7 @@ class Memory(Workload):
         return self.snapshot_bytes(stage) + own if self.has_frozen_teacher else 0.0
 
     def save_bytes(self, num_gpus: int) -> float:
-        """In host memory of the first node, which has `num_gpus` GPUs of the run, while a checkpoint is written: each rank's part
+        """In host memory of the first node, which has `num_gpus` GPUs of the run, while a checkpoint is written: a rank's part
         of the distributed optimizer, and on the first replica's all of it and the weights (`HostCopy`)."""
         config = self.config
         stages = (0, config.parallel.pipeline - 1)

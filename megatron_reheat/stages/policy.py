@@ -204,9 +204,7 @@ class Sampler:
             self._seats.share(None, None)  # no engine changes its weights before all have done
 
         if self._resting:
-            # what PyTorch keeps for tensors to come is memory that a waking engine cannot have
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
+            _give_back_unused()
             self._seats.share(None, None)  # on every rank, before the first engine wakes
         # the ranks of a replica produce the tensors together, so all of them take part
         action = None if self._follows else self._push
@@ -222,7 +220,12 @@ class Sampler:
     def _push(self) -> SyncReport:
         if self._resting and self._sampler is not None:
             self._sampler.wake()
-        return self._weight_sync.push(self._weights(), self.version)
+        return self._weight_sync.push(self._waking_weights() if self._resting else self._weights(), self.version)
+
+    def _waking_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Behind the last one what was gathered for them is free, before the engine takes memory for its KV cache."""
+        yield from self._weights()
+        _give_back_unused()
 
     def _make_ready(self) -> None:
         if self._resting:  # nothing was published since: the last step changed no weights
@@ -291,6 +294,12 @@ class FrozenSampler(Sampler):
         held = self._seats.share(None if self._sampler is None else self._sampler.policy_version, None)
         if self._resting or any(version != self.version for version in held):
             self._publish()
+
+
+def _give_back_unused() -> None:
+    """What PyTorch keeps for tensors to come is memory that a waking engine cannot have."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _interleave(shares: Sequence[Sequence[T]], total: int) -> list[T]:
