@@ -73,8 +73,9 @@ def _launch(config: Config, world_size: int, recipe: Path, overrides: Sequence[s
         status = launch_here(world_size, run, folder)
     if callable(run):
         # the interpreter's own end would look through all of torch and Megatron for garbage: seconds, and nothing is left to do
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # nobody reads any more
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
     return status
 
