@@ -3,7 +3,7 @@
 #
 #   bash scripts/setup_gpu.sh              # on a machine with a GPU and network: 20 to 60 minutes, because
 #                                          # Transformer Engine and Apex are compiled
-#   bash scripts/setup_gpu.sh fetch        # on a login node, with network and without a GPU: everything but compiling
+#   bash scripts/setup_gpu.sh fetch        # on a login node, with network and nvcc, without a GPU: everything but compiling
 #   bash scripts/setup_gpu.sh build        # then on a compute node that sees the same folder: compiles, without network
 #   SKIP_APEX=1 bash scripts/setup_gpu.sh  # Apex is optional: faster AdamW and weight gradients
 #   ARCHITECTURES='8.0;9.0' NO_GPU=1 ...   # builds for GPUs that are not there, as in a container's build

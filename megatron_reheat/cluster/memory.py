@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -86,17 +87,22 @@ class Memory(Workload):
 
     def save_bytes(self, num_gpus: int) -> float:
         """In host memory of the first node, which has `num_gpus` GPUs of the run, while a checkpoint is written: a rank's part
-        of the distributed optimizer, and on the first replica's all of it and the weights (`HostCopy`)."""
-        config = self.config
-        stages = (0, config.parallel.pipeline - 1)
-        parameters = max(map(self.stage_parameters, stages))
+        of what replicas share, and on the first replica's all of that, and the rest (`HostCopy`)."""
+        config, parallel = self.config, self.config.parallel
         weights = VALUE_BYTES[config.model.dtype]
-        first = min(num_gpus, config.parallel.tensor * config.parallel.pipeline) * parameters
-        if not config.parallel.distributed_optimizer:
-            return float(first * (weights + self.optimizer_bytes))
-        state = 12  # master weights, of float32 weights a copy, and two moments
-        shared = self.num_replicas > 1
-        return first * (weights + shared * state) + num_gpus * parameters * state / self.num_replicas
+        snapshots = (1 + self.has_frozen_teacher) * config.controller.trains
+        shared, whole = 0, weights + 4 * snapshots  # bytes a parameter
+        if parallel.distributed_optimizer:
+            # master weights, of float32 weights a copy, and two moments; snapshots are shared as master weights are
+            shared = 12 + 4 * snapshots * (weights == 2)
+            whole = weights + 4 * snapshots * (weights == 4) + shared * (self.num_replicas > 1)
+        else:
+            whole += self.optimizer_bytes
+        # ranks of one stage are next to each other, those of its first replica first
+        stages = math.ceil(num_gpus * parallel.pipeline / self.num_gpus)
+        first = min(num_gpus, stages * parallel.tensor)
+        parameters = max(map(self.stage_parameters, (0, parallel.pipeline - 1)))
+        return parameters * (first * whole + num_gpus * shared / self.num_replicas)
 
     def read_bytes(self) -> float:
         """On the last stage: final hidden states of what is read beside the policy's own, kept through the update; and a frozen

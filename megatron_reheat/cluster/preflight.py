@@ -79,7 +79,7 @@ def check(
         console.print(_constants_table(estimate, gpu))
     more = "" if verbose else " (--verbose: batches, scaling, what the estimate rests on)"
     console.print(
-        f"All figures are estimates{more}. Not checked: {not_checked}. Not modeled: grading, evaluation, checkpoints."
+        f"All figures are estimates{more}. Not checked: {not_checked}. Not modeled: grading, evaluation, a checkpoint's time."
     )
     total = sum(estimate.memory().values()) / GIB
     fits = f"fits: {total:.1f} of {estimate.gpu.memory_gib:.4g} GiB on each {gpu}; {_duration(estimate)}"

@@ -85,7 +85,7 @@ def load_snapshot(engine: Engine, checkpoint: Path, name: str) -> Snapshot | Non
         return None
     own = {of: torch.empty(p.shape) for of, p in engine.module.named_parameters() if of in engine.masters.names}
     sharded = {name: sharded_snapshot(engine, name, own)}
-    return engine.masters.part(_load(sharded, checkpoint, by_parts=True)[name])
+    return engine.masters.part(_load(sharded, checkpoint, by_parts=True).get(name, {}))
 
 
 def load_weights(module: ModelChunks, checkpoint: Path) -> None:

@@ -90,7 +90,7 @@ class Grading:
 
 
 class VerifierPool:
-    """Grades responses in `config.workers` processes, started by the first response and kept until `close`.
+    """Grades responses in `config.workers` processes, started by `start` or the first response and kept until `close`.
 
     An item that runs longer than `config.timeout_s`, or whose grader dies under it, is incorrect with `timed_out` set;
     the grader is replaced and every other item is graded as usual. A thread of the pool's own speaks with the workers, which
@@ -133,7 +133,7 @@ class VerifierPool:
 
     @property
     def worker_pids(self) -> list[int]:
-        """Of the workers that are kept now, not of their graders; empty before the first response."""
+        """Of the workers that are kept now, not of their graders; empty before they are started."""
         return [worker.pid for worker in self._workers]
 
     def close(self) -> None:
@@ -251,6 +251,7 @@ class VerifierPool:
                 os.close(end)
             self._bell = self._thread = None
             self._closing = self._early = False
+            self._failed_starts = 0
             self._give_up(error or ReheatError("the graders were ended before they had graded everything"))
 
     def _give_up(self, error: BaseException) -> None:

@@ -255,6 +255,7 @@ class EmbeddedEngine:
             if offset - portion_start >= PORTION_BYTES:
                 self._announce(portion)
                 portion, portion_start = [], offset
+            del tensor  # what comes behind the last one counts on its memory
         if portion:
             self._announce(portion)
 

@@ -223,7 +223,7 @@ class Sampler:
         return self._weight_sync.push(self._waking_weights() if self._resting else self._weights(), self.version)
 
     def _waking_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Behind the last one what was gathered for them is free, before the engine takes memory for its KV cache."""
+        """Behind the last one this rank gives back what was gathered for them, before its engine takes that of a KV cache."""
         yield from self._weights()
         _give_back_unused()
 

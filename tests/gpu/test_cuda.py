@@ -20,6 +20,7 @@ from megatron_reheat.rollout.server.servers import Servers
 from megatron_reheat.rollout.server.weights import ServerWeights
 from megatron_reheat.types import SamplingParams
 from tests.distributed.launch import launch
+from tests.distributed.test_checkpoint import dated_recipe
 from tests.reference import LOGIT_CASES, dense_divergence, dense_kl, dense_logprobs, make_logits, relative_error
 from tests.tiny_models import save_tiny_model
 
@@ -129,6 +130,27 @@ def test_context_ranks_train_as_data_ranks_do(attention, tmp_path):
             assert metrics.get(name) == pytest.approx(expected.get(name), rel=3e-2, abs=2e-3), name  # bfloat16
     for name, expected in whole["weights"].items():
         assert relative_error(split["weights"][name].float(), expected.float()) < 1e-2, name
+
+
+def test_a_checkpoint_before_the_first_update_and_one_that_a_run_goes_on_from(tmp_path):
+    """With the AdamW that Megatron takes here, whose moments are not there before the first update."""
+    folder, layout = save_tiny_model("qwen3_tied", tmp_path / "model"), {"dtype": "bfloat16"}
+    (result,) = launch(
+        "checkpoint_round_trip", 1, tmp_path, folder=folder, checkpoints=tmp_path / "c", save=layout, loads=[layout],
+        recipe=dated_recipe(tmp_path / "recipe"),
+    )  # fmt: skip
+    ((_, state, losses),) = result["resumed"]
+    assert state == {"note": "kept"} and losses == pytest.approx(result["expected"], rel=1e-3)  # sums in any order
+
+
+def test_a_save_in_the_background_holds_the_step_at_which_it_began(tmp_path):
+    """To the bit, with the snapshot beside it, from page-locked memory."""
+    folder = save_tiny_model("qwen3_tied", tmp_path / "model")
+    layouts = [{"dtype": "bfloat16"}]
+    ((result,),) = launch(
+        "saves_in_background", 1, tmp_path, folder=folder, layouts=layouts, checkpoints=tmp_path / "c"
+    )
+    assert result["restored"] == [(True, True, True)] * 2
 
 
 # -- engines: vLLM on the device against transformers on the same weights ------------------------------------------------

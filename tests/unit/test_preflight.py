@@ -301,13 +301,14 @@ def test_check_states_the_host_memory_of_a_rollback() -> None:
 @pytest.mark.parametrize(
     ("parallel", "bytes_per_parameter"),
     [
-        # eight replicas of a model on one GPU each: eight parts of 12 bytes, and all of it with bf16 weights in the first one
-        ({"tensor": 1, "data": 8}, 12 + 12 + 2),
+        # eight replicas of a model on one GPU each: eight parts of the optimizer and of the weights for a rollback, and all of
+        # these with bf16 weights in the first one
+        ({"tensor": 1, "data": 8}, 16 + 16 + 2),
         # the first replica's two GPUs put half a model each together
-        ({"tensor": 2, "data": 4}, 12 + 12 + 2),
+        ({"tensor": 2, "data": 4}, 16 + 16 + 2),
         # two nodes of one replica on each GPU
-        ({"tensor": 1, "data": 16}, 6 + 12 + 2),
-        ({"tensor": 4, "data": 2, "distributed_optimizer": False}, 12 + 2),
+        ({"tensor": 1, "data": 16}, 8 + 16 + 2),
+        ({"tensor": 4, "data": 2, "distributed_optimizer": False}, 12 + 2 + 4),
     ],
 )
 def test_a_save_takes_memory_of_the_first_node(parallel: dict[str, Any], bytes_per_parameter: int) -> None:
@@ -316,6 +317,16 @@ def test_a_save_takes_memory_of_the_first_node(parallel: dict[str, Any], bytes_p
     (row,) = (line.split("\u2502") for line in output.getvalue().splitlines() if "a checkpoint is written" in line)
     size = QWEN3["Qwen3-4B"].num_parameters / GIB
     assert float(row[2]) == pytest.approx(bytes_per_parameter * size, rel=0.01)
+
+
+def test_a_node_of_one_pipeline_stage_puts_that_together() -> None:
+    """Two replicas of four ranks each: the other stage's are on the other node."""
+    parallel, teacher = {"tensor": 4, "pipeline": 2, "data": 2}, {"teacher": "frozen"}
+    e = make_estimate(configured(parallel=parallel, reheat=teacher, controller={"action": "reheat"}), gpus=16)
+    shared = 12 + 2 * 4
+    assert e.save_bytes(8) == e.stage_parameters(1) * (4 * (2 + shared) + 8 * shared / 2)
+    without = make_estimate(configured(parallel=parallel, controller={"action": "none"}), gpus=16)
+    assert without.save_bytes(8) == e.stage_parameters(1) * (4 * (2 + 12) + 8 * 12 / 2)
 
 
 def test_a_reference_policy_costs_host_memory_and_a_scoring_pass() -> None:

@@ -283,7 +283,7 @@ def test_workers_that_are_started_early() -> None:
         assert not pool.worker_pids
         assert all(map(ends, early))
         pool.close()
-        assert not pool.worker_pids  # what was once wanted early is not started again
+        assert pool._thread is None and not pool.worker_pids  # what was once wanted early is not started again
 
 
 def test_workers_that_cannot_start_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:

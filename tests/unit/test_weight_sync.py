@@ -6,7 +6,10 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ import torch
 from megatron_reheat.config import RolloutConfig
 from megatron_reheat.errors import EngineDied, WeightSyncError
 from megatron_reheat.rollout.child_process import ChildProcess
+from megatron_reheat.rollout.embedded import EmbeddedEngine
 from megatron_reheat.rollout.module_process import PACKAGE_ROOT
 from megatron_reheat.rollout.packed import Entry, digest
 from megatron_reheat.rollout.weight_buffer import HostBuffer, OpenBuffer
@@ -258,6 +262,26 @@ def test_an_engine_dies_with_its_trainer(tmp_path):
     while _running(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not _running(pid)
+
+
+@pytest.mark.parametrize("has_engine", [False, True])
+def test_no_tensor_is_held_when_what_comes_behind_the_last_one_runs(buffer, has_engine: bool) -> None:
+    """There a rank gives back memory, of which a gathered head can be more than all else."""
+    held: list[bool] = []
+
+    def tensors():
+        head = torch.ones(3)
+        seen = weakref.ref(head)
+        yield "lm_head.weight", head
+        del head
+        held.append(seen() is not None)
+
+    if has_engine:
+        engine: Any = SimpleNamespace(_buffer=buffer, _announce=lambda portion: None)
+        EmbeddedEngine._stream(engine, tensors(), verify=False)
+    else:
+        assert WeightSync(None, RolloutConfig()).push(tensors(), 3).num_bytes == 12
+    assert held == [False]
 
 
 def _running(pid: int) -> bool:
