@@ -61,8 +61,11 @@ def _launch(config: Config, world_size: int, recipe: Path, overrides: Sequence[s
     let_announce(config.logging.console)
     with start_fork_server(config, world_size) or contextlib.nullcontext() as fork_server:
         _check_gpu_start(config, world_size, force)
+        import torch
+
         run: Sequence[str] | Callable[[], int]
-        if has_gpus():
+        # torch may see GPUs by other devices (in WSL, say), which a fork of a process that has asked for them cannot use
+        if has_gpus() or torch.cuda.is_available():
             run = ["train", str(recipe), *overrides, *(["--force"] if force else [])]
         else:
             # as torchrun has it: libraries start their threads when they are imported, and a fork has none of them

@@ -677,12 +677,15 @@ def test_an_engine_on_the_trainers_gpu_is_told_its_cache() -> None:
         with_fixed_cache(config.rollout, estimate.model, "bfloat16", 16.0)
 
 
+@pytest.mark.parametrize("has_devices", [True, False])
 def test_train_asks_before_it_starts_anything(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, has_devices: bool
 ) -> None:
+    """Ranks on GPUs are interpreters of their own, also where torch alone knows of the GPUs."""
     gpus(monkeypatch, 8, 79.1)
     monkeypatch.setattr("megatron_reheat.commands.train.heed_stop_signals", lambda *_: None)
-    monkeypatch.setattr("megatron_reheat.rollout.head_start.has_gpus", lambda: True)
+    monkeypatch.setattr("megatron_reheat.rollout.head_start.has_gpus", lambda: has_devices)
+    monkeypatch.setattr("megatron_reheat.rollout.head_start.start_fork_server", lambda *_: None)
     monkeypatch.setattr(
         "megatron_reheat.commands.train.launch_here", lambda *arguments: pytest.fail(f"started {arguments}")
     )
@@ -695,7 +698,9 @@ def test_train_asks_before_it_starts_anything(
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         assert main(["train", *recipe]) == 1
-        monkeypatch.setattr("megatron_reheat.commands.train.launch_here", lambda count, *_: 40 + count)
+        monkeypatch.setattr(
+            "megatron_reheat.commands.train.launch_here", lambda count, run, _: 40 + count * isinstance(run, list)
+        )
         assert main(["train", *recipe, "--force"]) == 48
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
