@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import signal
 from pathlib import Path
@@ -686,6 +687,8 @@ def test_train_asks_before_it_starts_anything(
     monkeypatch.setattr("megatron_reheat.commands.train.heed_stop_signals", lambda *_: None)
     monkeypatch.setattr("megatron_reheat.rollout.head_start.has_gpus", lambda: has_devices)
     monkeypatch.setattr("megatron_reheat.rollout.head_start.start_fork_server", lambda *_: None)
+    # by which a launcher of forked ranks ends, and so would these tests
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail(f"ended with {status} as after forked ranks"))
     monkeypatch.setattr(
         "megatron_reheat.commands.train.launch_here", lambda *arguments: pytest.fail(f"started {arguments}")
     )
